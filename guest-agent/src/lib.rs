@@ -1,0 +1,1 @@
+//! Wire types, stream session and client for the guest agent.

@@ -1,0 +1,2 @@
+#![forbid(unsafe_code)]
+//! Guest images, cold boot, the VMM drivers, and the snapshot format and store.

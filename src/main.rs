@@ -1,0 +1,2 @@
+//! rethaw: keeps microVM sandboxes warm.
+fn main() {}

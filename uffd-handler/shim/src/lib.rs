@@ -1,0 +1,1 @@
+//! Preload shim for QEMU.

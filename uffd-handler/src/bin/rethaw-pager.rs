@@ -1,0 +1,2 @@
+//! The page server process.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Page server for lazily restored microVM memory.

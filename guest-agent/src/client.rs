@@ -1,0 +1,222 @@
+//! The host's client: one HTTP/2 connection to the agent of one VM.
+//!
+//! Every call takes a deadline and every way it can fail is a variant of [`AgentError`]. The
+//! client is cheap to clone; all clones share the connection, and [`AgentClient::closed`] resolves
+//! when it is gone.
+
+mod connect;
+mod error;
+mod exec;
+
+pub use error::AgentError;
+pub use exec::{ExecSender, ExecStream};
+
+use crate::wire;
+use bytes::Bytes;
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
+use hyper::client::conn::http2::SendRequest;
+use hyper::http::{Method, Request, Response};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// Error of a request body that is streamed to the agent.
+pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
+/// Body of a request to the agent. An `axum::body::Body` becomes one with `map_err` and
+/// `boxed_unsync`.
+pub type RequestBody = UnsyncBoxBody<Bytes, BodyError>;
+
+/// Answers that are parsed as a whole are never larger than this.
+const MAX_ANSWER: usize = 8 * 1024 * 1024;
+
+/// A connection to one VM's agent.
+#[derive(Debug, Clone)]
+pub struct AgentClient {
+    sender: SendRequest<RequestBody>,
+    closed: watch::Receiver<bool>,
+}
+
+/// A body that is already there.
+pub fn full_body(bytes: impl Into<Bytes>) -> RequestBody {
+    Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
+}
+
+impl AgentClient {
+    /// How the agent is; the cheapest call there is.
+    ///
+    /// # Errors
+    /// See [`AgentError`]; the same for every call below.
+    pub async fn health(&self, deadline: Duration) -> Result<wire::Health, AgentError> {
+        self.call(Method::GET, "/health", None::<&()>, deadline).await
+    }
+
+    /// How the guest's boot went so far.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn boot(&self, deadline: Duration) -> Result<wire::BootReport, AgentError> {
+        self.call(Method::GET, "/boot", None::<&()>, deadline).await
+    }
+
+    /// Waits until systemd has reached its target and has no jobs left.
+    ///
+    /// # Errors
+    /// See [`AgentError`]; the guest's own timeout comes as `Refused` with 408.
+    pub async fn boot_wait(&self, deadline: Duration) -> Result<wire::BootReport, AgentError> {
+        // The guest gives up a little earlier, so that its own account arrives.
+        let body = wire::BootWaitRequest { timeout_seconds: deadline.as_secs_f64() * 0.95 };
+        self.call(Method::POST, "/boot/wait", Some(&body), deadline).await
+    }
+
+    /// Makes the guest ready for the template snapshot; only an identity brings it back.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn settle(
+        &self,
+        request: &wire::SettleRequest,
+        deadline: Duration,
+    ) -> Result<wire::SettleReport, AgentError> {
+        self.call(Method::POST, "/settle", Some(request), deadline).await
+    }
+
+    /// Freezes the workload for a pause or a fork.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn freeze(
+        &self,
+        request: &wire::FreezeRequest,
+        deadline: Duration,
+    ) -> Result<wire::SettleReport, AgentError> {
+        self.call(Method::POST, "/freeze", Some(request), deadline).await
+    }
+
+    /// Applies an identity. The report of one that failed comes as `Ok`: only
+    /// [`wire::IdentityReport::prove`] says whether it is one.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn identity(
+        &self,
+        request: &wire::IdentityRequest,
+        deadline: Duration,
+    ) -> Result<wire::IdentityReport, AgentError> {
+        self.call(Method::POST, "/identity", Some(request), deadline).await
+    }
+
+    /// Hands a parked VM to its user.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn claim(
+        &self,
+        request: &wire::ClaimRequest,
+        deadline: Duration,
+    ) -> Result<wire::ClaimReport, AgentError> {
+        self.call(Method::POST, "/claim", Some(request), deadline).await
+    }
+
+    /// Sets the guest's clock.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn clock(
+        &self,
+        request: &wire::ClockRequest,
+        deadline: Duration,
+    ) -> Result<wire::ClaimReport, AgentError> {
+        self.call(Method::POST, "/clock", Some(request), deadline).await
+    }
+
+    /// Brings a paused sandbox back with the identity it had.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn resume(
+        &self,
+        request: &wire::ResumeRequest,
+        deadline: Duration,
+    ) -> Result<wire::ClaimReport, AgentError> {
+        self.call(Method::POST, "/resume", Some(request), deadline).await
+    }
+
+    /// Sends any request (path and query only, no authority) and returns the answer as it comes,
+    /// whatever its status: for streaming files, archives and tunnels through.
+    ///
+    /// # Errors
+    /// See [`AgentError`]. The deadline is the caller's.
+    pub async fn send(
+        &self,
+        mut request: Request<RequestBody>,
+    ) -> Result<Response<Incoming>, AgentError> {
+        if request.uri().authority().is_none() {
+            let path = request.uri().path_and_query().map_or("/", |p| p.as_str());
+            let uri = format!("http://agent{path}");
+            *request.uri_mut() =
+                uri.parse().map_err(|_| AgentError::Protocol(format!("invalid URI {uri:?}")))?;
+        }
+        let mut sender = self.sender.clone();
+        sender.send_request(request).await.map_err(|e| AgentError::from_hyper(&e))
+    }
+
+    /// Resolves when the connection is gone; at once if it is already.
+    pub async fn closed(&self) {
+        // An error means the connection's driver is gone, which is the same thing.
+        let _ = self.closed.clone().wait_for(|closed| *closed).await;
+    }
+
+    /// Whether the connection is gone.
+    pub fn is_closed(&self) -> bool {
+        *self.closed.borrow() || self.closed.has_changed().is_err() || self.sender.is_closed()
+    }
+
+    /// A typed call: JSON in, JSON out, one deadline over all of it.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn call<B: Serialize, R: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&B>,
+        deadline: Duration,
+    ) -> Result<R, AgentError> {
+        let body = match body {
+            Some(body) => serde_json::to_vec(body)
+                .map_err(|e| AgentError::Protocol(format!("request to {path}: {e}")))?,
+            None => Vec::new(),
+        };
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .body(full_body(body))
+            .map_err(|e| AgentError::Protocol(format!("request to {path}: {e}")))?;
+        let work = async {
+            let answer = self.send(request).await?;
+            let status = answer.status();
+            let bytes = collect(answer.into_body()).await?;
+            if !status.is_success() {
+                return Err(AgentError::refused(status, &bytes));
+            }
+            serde_json::from_slice(&bytes)
+                .map_err(|e| AgentError::Protocol(format!("answer of {path}: {e}")))
+        };
+        tokio::time::timeout(deadline, work)
+            .await
+            .map_err(|_| AgentError::Timeout { call: path.to_owned(), deadline })?
+    }
+}
+
+async fn collect(body: Incoming) -> Result<Bytes, AgentError> {
+    match Limited::new(body, MAX_ANSWER).collect().await {
+        Ok(collected) => Ok(collected.to_bytes()),
+        Err(error) => Err(match error.downcast::<hyper::Error>() {
+            Ok(error) => AgentError::from_hyper(&error),
+            Err(error) => AgentError::Protocol(format!("answer body: {error}")),
+        }),
+    }
+}

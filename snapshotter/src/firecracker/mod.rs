@@ -1,0 +1,4 @@
+//! The Firecracker driver.
+
+pub mod api;
+pub mod version;

@@ -1,4 +1,5 @@
 //! The Firecracker driver.
 
 pub mod api;
+pub mod kvm;
 pub mod version;

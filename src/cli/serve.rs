@@ -1,0 +1,153 @@
+//! `rethaw serve`: from flags, environment and file to [`ServeOptions`], which the service runs on.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use snapshotter::image::Flavor;
+
+use super::home;
+use super::serve_file::ServeFile;
+
+/// Where the service listens when nothing else is said.
+const DEFAULT_LISTEN: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 7070);
+/// Memory of a guest when nothing else is said.
+const DEFAULT_MEMORY_MIB: u64 = 512;
+
+/// What the service is started with, checked and complete.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServeOptions {
+    /// Address of the API.
+    pub listen: SocketAddr,
+    /// Folder of images, snapshots, database and key file.
+    pub home: PathBuf,
+    /// Parked VMs to keep of a template without a target of its own; the service's default when
+    /// absent.
+    pub pool_target: Option<u32>,
+    /// Which VMM to use.
+    pub vmm: VmmChoice,
+    /// Memory of a guest of the `base` template.
+    pub memory_mib: u64,
+    /// Kernel of the `base` template.
+    pub flavor: Flavor,
+    /// Answer without an API key. Only ever true when `listen` is a loopback address.
+    pub no_auth: bool,
+}
+
+/// Which VMM the service uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmmChoice {
+    /// Firecracker where KVM really works, QEMU elsewhere.
+    #[default]
+    Auto,
+    /// QEMU's microvm machine, with KVM where it works.
+    Qemu,
+    /// Firecracker; refused where KVM does not work.
+    Firecracker,
+}
+
+/// The kernels there are, as typed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FlavorChoice {
+    /// The distribution's cloud kernel with a small initramfs.
+    Default,
+    /// A kernel tuned for the VMM's few devices.
+    Min,
+}
+
+impl From<FlavorChoice> for Flavor {
+    fn from(choice: FlavorChoice) -> Self {
+        match choice {
+            FlavorChoice::Default => Self::Default,
+            FlavorChoice::Min => Self::Min,
+        }
+    }
+}
+
+/// Flags of `rethaw serve`. A flag left out is looked for in the file, then takes its default.
+#[derive(Debug, Default, Args)]
+pub struct ServeArgs {
+    /// Address of the API [default: 127.0.0.1:7070]
+    #[arg(long, env = "RETHAW_LISTEN", value_name = "ADDR")]
+    pub listen: Option<SocketAddr>,
+
+    /// Folder of images, snapshots, database and key file
+    /// [default: /var/lib/rethaw as root, else $XDG_DATA_HOME/rethaw]
+    #[arg(long, env = "RETHAW_HOME", value_name = "DIR")]
+    pub home: Option<PathBuf>,
+
+    /// Parked VMs to keep of each template
+    #[arg(long, env = "RETHAW_POOL_TARGET", value_name = "N")]
+    pub pool_target: Option<u32>,
+
+    /// VMM to use [default: auto]
+    #[arg(long, env = "RETHAW_VMM", value_enum)]
+    pub vmm: Option<VmmChoice>,
+
+    /// Memory of a guest of the base template, in MiB [default: 512]
+    #[arg(long, env = "RETHAW_MEMORY_MIB", value_name = "MIB",
+          value_parser = clap::value_parser!(u64).range(MEMORY_MIB))]
+    pub memory_mib: Option<u64>,
+
+    /// Kernel of the base template [default: default]
+    #[arg(long, env = "RETHAW_FLAVOR", value_enum)]
+    pub flavor: Option<FlavorChoice>,
+
+    /// TOML file with the same settings: listen, home, pool_target, vmm, memory_mib, flavor
+    #[arg(long, env = "RETHAW_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Answer without an API key; only together with a loopback address
+    #[arg(long)]
+    pub insecure_no_auth: bool,
+}
+
+/// Guests smaller than this do not boot, larger ones are surely a slip of the unit.
+pub const MEMORY_MIB: std::ops::RangeInclusive<u64> = 128..=1_048_576;
+
+/// Why the service cannot be started like this.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeArgsError {
+    /// The file cannot be used.
+    #[error(transparent)]
+    File(#[from] super::serve_file::ServeFileError),
+    /// No folder to keep anything in.
+    #[error(transparent)]
+    Home(#[from] home::HomeError),
+    /// Open to the network, and open to everybody.
+    #[error(
+        "--insecure-no-auth with {0}: anybody on that network could run code here; \
+         listen on a loopback address or keep the key"
+    )]
+    OpenToAll(SocketAddr),
+}
+
+impl ServeArgs {
+    /// Reads the file, if there is one, and settles every option: flag, environment, file, default.
+    pub fn resolve(self) -> Result<ServeOptions, ServeArgsError> {
+        let file = match &self.config {
+            Some(path) => ServeFile::read(path)?,
+            None => ServeFile::default(),
+        };
+        let listen = self.listen.or(file.listen).unwrap_or(DEFAULT_LISTEN);
+        if self.insecure_no_auth && !listen.ip().is_loopback() {
+            return Err(ServeArgsError::OpenToAll(listen));
+        }
+        let home = match self.home.or(file.home) {
+            Some(dir) => dir,
+            None => home::default_home()?,
+        };
+        Ok(ServeOptions {
+            listen,
+            home,
+            pool_target: self.pool_target.or(file.pool_target),
+            vmm: self.vmm.or(file.vmm).unwrap_or_default(),
+            memory_mib: self.memory_mib.or(file.memory_mib).unwrap_or(DEFAULT_MEMORY_MIB),
+            flavor: self.flavor.or(file.flavor).map_or(Flavor::Default, Flavor::from),
+            no_auth: self.insecure_no_auth,
+        })
+    }
+}

@@ -1,2 +1,17 @@
+#![forbid(unsafe_code)]
 //! rethaw: keeps microVM sandboxes warm.
-fn main() {}
+//!
+//! The way in: [`cli`] parses, [`serve`] puts the service together, [`engine`] is what it does,
+//! [`http`] is how it is asked.
+
+mod cli;
+mod doctor;
+mod engine;
+mod http;
+mod metrics;
+mod paths;
+mod serve;
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

@@ -1,5 +1,13 @@
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 //! Guest images, cold boot, the VMM drivers, and the snapshot format and store.
 
+pub mod disk;
+pub mod firecracker;
+pub mod golden;
+pub mod host;
+pub mod image;
+pub mod manifest;
 pub mod process;
+pub mod qemu;
+pub mod store;
 pub mod vmm;

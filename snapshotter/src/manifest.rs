@@ -1,0 +1,181 @@
+//! What a snapshot directory holds, and what must match before it may be loaded.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+
+use crate::vmm::{Compat, MachineSize};
+
+/// Name of the manifest in a snapshot directory. It is written last: a directory without it is
+/// not a snapshot.
+pub const MANIFEST: &str = "manifest.json";
+/// Device state.
+pub const VMSTATE: &str = "vmstate.bin";
+/// Flat guest memory, sparse where it is zero.
+pub const MEMORY: &str = "memory.bin";
+/// Base name of a memory delta on the parent's memory.
+pub const DELTA: &str = "memory.delta";
+/// Pages a clone touches between resume and its first command.
+pub const WORKING_SET: &str = "working-set.bin";
+/// Which pages of [`MEMORY`] are zero.
+pub const ZERO_MAP: &str = "zero-map.bin";
+/// The writable disk, of the same instant as the memory.
+pub const SCRATCH: &str = "scratch.img";
+
+/// This crate's snapshot format. A snapshot of another format is refused.
+pub const FORMAT: u32 = 1;
+
+/// One file of a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEntry {
+    /// Lower-case hex SHA-256 of its content.
+    pub sha256: String,
+    /// Length in bytes.
+    pub bytes: u64,
+    /// Bytes it really takes on disk.
+    pub allocated_bytes: u64,
+}
+
+/// How long the golden VM took to come up.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct BootTimings {
+    /// From starting the VMM to the agent's first reply.
+    pub agent_ms: f64,
+    /// Kernel time, as systemd reports it.
+    pub kernel_ms: f64,
+    /// User-space time to the default target, as systemd reports it.
+    pub userspace_ms: f64,
+    /// From starting the VMM to the default target reached with no job left.
+    pub total_ms: f64,
+    /// Settling.
+    pub settle_ms: f64,
+    /// Pause, device state, digests and publication.
+    pub snapshot_ms: f64,
+}
+
+/// The manifest.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// Identifies the snapshot; also its directory's name.
+    pub id: String,
+    /// When it was made.
+    #[serde(with = "time::serde::rfc3339")]
+    pub created_at: OffsetDateTime,
+    /// The snapshot whose memory and disk this one is a delta on.
+    pub parent: Option<String>,
+    /// Size of the machine.
+    pub size: MachineSize,
+    /// What must match on restore.
+    pub compat: Compat,
+    /// Key of the guest image.
+    pub image: String,
+    /// Digests of the image files the guest was using: the shared base disk and the kernel.
+    pub image_digests: BTreeMap<String, String>,
+    /// Files by name.
+    pub files: BTreeMap<String, FileEntry>,
+    /// Boot times, for a golden VM.
+    pub boot: Option<BootTimings>,
+    /// The identity the guest had at that instant; no clone may keep it.
+    pub frozen_identity: FrozenIdentity,
+}
+
+/// Identity values present in the snapshot.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrozenIdentity {
+    /// `/etc/machine-id`.
+    pub machine_id: String,
+    /// Hostname.
+    pub hostname: String,
+}
+
+/// Why a snapshot cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ManifestError {
+    /// The manifest cannot be read.
+    #[error("cannot read snapshot manifest {path:?}: {source}")]
+    Read {
+        /// The manifest.
+        path: PathBuf,
+        /// What happened.
+        source: std::io::Error,
+    },
+    /// The manifest is not one.
+    #[error("snapshot manifest {path:?} is malformed: {source}")]
+    Malformed {
+        /// The manifest.
+        path: PathBuf,
+        /// What happened.
+        source: serde_json::Error,
+    },
+    /// Another format.
+    #[error("snapshot {id} has format {found}, this version reads format {FORMAT}: build it again")]
+    Format {
+        /// The snapshot.
+        id: String,
+        /// Its format.
+        found: u32,
+    },
+    /// This host or VMM is not the one the snapshot was made for.
+    #[error("snapshot {id} does not fit this host: {}", differences.join("; "))]
+    Incompatible {
+        /// The snapshot.
+        id: String,
+        /// Each difference.
+        differences: Vec<String>,
+    },
+    /// A file is missing or has another length.
+    #[error("snapshot {id}: file {file} {problem}")]
+    File {
+        /// The snapshot.
+        id: String,
+        /// The file.
+        file: String,
+        /// What is wrong.
+        problem: String,
+    },
+}
+
+impl Manifest {
+    /// Reads a snapshot directory's manifest.
+    pub fn read(dir: &Path) -> Result<Self, ManifestError> {
+        let path = dir.join(MANIFEST);
+        let text = std::fs::read(&path)
+            .map_err(|source| ManifestError::Read { path: path.clone(), source })?;
+        // The format is looked at first: another format need not parse as this one.
+        #[derive(Deserialize)]
+        struct Head {
+            format: u32,
+            id: String,
+        }
+        let malformed = |source| ManifestError::Malformed { path: path.clone(), source };
+        let head: Head = serde_json::from_slice(&text).map_err(malformed)?;
+        if head.format != FORMAT {
+            return Err(ManifestError::Format { id: head.id, found: head.format });
+        }
+        serde_json::from_slice(&text).map_err(malformed)
+    }
+
+    /// Checks everything that can be checked without reading the files: compatibility with this
+    /// host, and that each file is there with its length.
+    pub fn check(&self, dir: &Path, here: &Compat) -> Result<(), ManifestError> {
+        let differences = self.compat.differences(here);
+        if !differences.is_empty() {
+            return Err(ManifestError::Incompatible { id: self.id.clone(), differences });
+        }
+        for (name, entry) in &self.files {
+            let problem = match std::fs::metadata(dir.join(name)) {
+                Err(e) => format!("cannot be read: {e}"),
+                Ok(meta) if meta.len() != entry.bytes => {
+                    format!("has {} bytes instead of {}", meta.len(), entry.bytes)
+                }
+                Ok(_) => continue,
+            };
+            return Err(ManifestError::File { id: self.id.clone(), file: name.clone(), problem });
+        }
+        Ok(())
+    }
+}

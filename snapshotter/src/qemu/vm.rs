@@ -1,0 +1,233 @@
+//! A QEMU virtual machine that has been booted, loaded or adopted.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use guest_agent::client::{AgentClient, AgentError};
+use rustix::process::{Pid, setpriority_process};
+use serde_json::json;
+use tokio::io::AsyncReadExt;
+use tokio::sync::broadcast;
+use uffd_handler::supervisor::Supervisor;
+
+use super::args::MEMORY_FD;
+use super::qmp::{Event, Qmp};
+use super::{COMMAND_DEADLINE, KILL_DEADLINE, STATE_DEADLINE, VMM};
+use crate::process::{ExitReason, Process};
+use crate::vmm::{MemoryBackend, Priority, SnapshotFiles, Vm, VmRecord, VmmError};
+
+/// How this process can get at the guest's memory.
+#[derive(Debug, Clone)]
+pub(super) enum GuestMemory {
+    /// It is the file given at boot.
+    OnFile,
+    /// A memfd; pages that never faulted are holes in it.
+    Memfd(Arc<File>),
+    /// Private to QEMU.
+    Private,
+}
+
+impl GuestMemory {
+    /// Finds the memfd of an adopted QEMU again: the process keeps the descriptor it inherited.
+    pub(super) fn reopen(record: &VmRecord) -> Result<Self, VmmError> {
+        match record.backend {
+            MemoryBackend::File => Ok(Self::Private),
+            MemoryBackend::Uffd => {
+                let path = format!("/proc/{}/fd/{MEMORY_FD}", record.process.pid);
+                let file = File::options().read(true).write(true).open(&path).map_err(|source| {
+                    VmmError::File { what: "cannot open", path: path.into(), source }
+                })?;
+                Ok(Self::Memfd(Arc::new(file)))
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct QemuVm {
+    record: VmRecord,
+    process: Process,
+    qmp: Qmp,
+    memory: GuestMemory,
+    pager: Option<Arc<Supervisor>>,
+}
+
+impl QemuVm {
+    pub(super) fn new(
+        record: VmRecord,
+        process: Process,
+        qmp: Qmp,
+        memory: GuestMemory,
+        pager: Option<Arc<Supervisor>>,
+    ) -> Self {
+        Self { record, process, qmp, memory, pager }
+    }
+
+    async fn command(&self, name: &str, arguments: serde_json::Value) -> Result<(), VmmError> {
+        tokio::select! {
+            biased;
+            reply = self.qmp.command(name, arguments, COMMAND_DEADLINE) => {
+                reply.map(drop).map_err(|e| super::from_qmp(&self.record, e))
+            }
+            reason = self.process.exited() => Err(super::died(&self.record, reason)),
+        }
+    }
+
+    /// Receives the device state over a socket and writes it to `path`.
+    async fn write_vmstate(&self, path: &Path) -> Result<(), VmmError> {
+        let socket = self.record.run_dir.join("migrate.sock");
+        let _ = std::fs::remove_file(&socket);
+        let listener = tokio::net::UnixListener::bind(&socket).map_err(|source| {
+            VmmError::File { what: "cannot listen on", path: socket.clone(), source }
+        })?;
+        let mut events = self.qmp.events();
+        self.command(
+            "migrate-set-capabilities",
+            json!({"capabilities": [
+                {"capability": "x-ignore-shared", "state": true},
+                {"capability": "events", "state": true},
+            ]}),
+        )
+        .await?;
+        let uri = format!("unix:{}", socket.display());
+        let receive = async {
+            let (mut stream, _) = listener.accept().await?;
+            let mut state = Vec::with_capacity(256 << 10);
+            stream.read_to_end(&mut state).await?;
+            let mut file = File::create_new(path)?;
+            file.write_all(&state)?;
+            file.sync_all()
+        };
+        let receive = async {
+            receive.await.map_err(|source| VmmError::File {
+                what: "cannot write",
+                path: path.to_owned(),
+                source,
+            })
+        };
+        let send = async {
+            self.command("migrate", json!({"uri": uri})).await?;
+            migration_end(&self.qmp, &mut events, &self.record).await
+        };
+        let done = tokio::time::timeout(STATE_DEADLINE, async { tokio::try_join!(receive, send) });
+        let done = done.await;
+        let _ = std::fs::remove_file(&socket);
+        done.map_err(|_| VmmError::Timeout {
+            vmm: VMM,
+            id: self.record.id.clone(),
+            step: "writing device state",
+            after: STATE_DEADLINE,
+            log: super::log_tail(&self.record.run_dir),
+        })?
+        .map(drop)
+    }
+}
+
+#[async_trait]
+impl Vm for QemuVm {
+    fn record(&self) -> VmRecord {
+        self.record.clone()
+    }
+
+    async fn resume(&self) -> Result<(), VmmError> {
+        self.command("cont", json!({})).await
+    }
+
+    async fn pause(&self) -> Result<(), VmmError> {
+        self.command("stop", json!({})).await
+    }
+
+    async fn snapshot(&self, into: &Path) -> Result<SnapshotFiles, VmmError> {
+        let started = Instant::now();
+        let vmstate = into.join("vmstate.bin");
+        self.write_vmstate(&vmstate).await?;
+        let phases = vec![("vmstate", started.elapsed())];
+        match &self.memory {
+            GuestMemory::OnFile => {
+                Ok(SnapshotFiles { vmstate, memory: None, delta: None, phases })
+            }
+            GuestMemory::Memfd(_) | GuestMemory::Private => Err(VmmError::Unsupported(
+                "snapshot of a restored QEMU VM".to_owned(),
+            )),
+        }
+    }
+
+    async fn connect_agent(&self, deadline: Duration) -> Result<AgentClient, AgentError> {
+        AgentClient::connect_serial(&self.record.run_dir.join("agent.sock"), deadline).await
+    }
+
+    fn set_priority(&self, priority: Priority) {
+        set_priority(self.record.process.pid, priority);
+    }
+
+    async fn kill(&self) {
+        if self.process.kill(KILL_DEADLINE).await.is_none() {
+            tracing::error!(vm = %self.record.id, pid = self.record.process.pid,
+                "killed VMM process is still there after {KILL_DEADLINE:?}");
+        }
+        if let Some(pager) = &self.pager {
+            pager.remove_vm(&self.record.id);
+        }
+    }
+
+    async fn exited(&self) -> ExitReason {
+        self.process.exited().await
+    }
+
+    fn leave_running(&self) {
+        self.process.release();
+    }
+}
+
+/// Waits for the migration events to name an end. Events were enabled and subscribed to before the
+/// migration started, so none can be missed.
+pub(super) async fn migration_end(
+    qmp: &Qmp,
+    events: &mut broadcast::Receiver<Event>,
+    record: &VmRecord,
+) -> Result<(), VmmError> {
+    loop {
+        let event = events.recv().await.map_err(|_| VmmError::Control {
+            vmm: VMM,
+            id: record.id.clone(),
+            source: std::io::ErrorKind::UnexpectedEof.into(),
+        })?;
+        if event.name != "MIGRATION" {
+            continue;
+        }
+        match event.data["status"].as_str() {
+            Some("completed") => return Ok(()),
+            Some("failed" | "cancelled") => {
+                let why = qmp.command("query-migrate", json!({}), COMMAND_DEADLINE).await.ok();
+                let why = why.as_ref().and_then(|w| w["error-desc"].as_str()).map(str::to_owned);
+                return Err(VmmError::Refused {
+                    vmm: VMM,
+                    id: record.id.clone(),
+                    command: "migration".to_owned(),
+                    message: why.unwrap_or_else(|| super::log_tail(&record.run_dir)),
+                });
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Sets the nice value of every thread of `pid`. Threads it starts later inherit it.
+pub(super) fn set_priority(pid: i32, priority: Priority) {
+    let nice = match priority {
+        Priority::Background => 19,
+        Priority::Normal => 0,
+    };
+    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return };
+    for task in tasks.flatten() {
+        let tid = task.file_name().to_str().and_then(|t| t.parse().ok()).and_then(Pid::from_raw);
+        if let Some(tid) = tid {
+            // A thread that ended meanwhile needs no priority.
+            let _ = setpriority_process(Some(tid), nice);
+        }
+    }
+}

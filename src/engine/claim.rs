@@ -1,0 +1,251 @@
+//! Claims: from a request to a sandbox.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sha2::{Digest, Sha256};
+use time::OffsetDateTime;
+use tokio::sync::watch;
+
+use super::db::{DbError, Stage};
+use super::lifecycle::{self, Reidentified, RestoreError, millis};
+use super::sandbox::{OnTimeout, Origin, Sandbox, SandboxData};
+use super::template::{ReadyTemplate, TemplateState};
+use super::{Engine, ids};
+
+/// Parked VMs tried before one is restored on the spot.
+const PARKED_TRIES: u32 = 3;
+
+/// What is asked for.
+#[derive(Debug, Clone)]
+pub struct CreateRequest {
+    /// Template name.
+    pub template: String,
+    /// Life time.
+    pub timeout: Duration,
+    /// What happens when it is over.
+    pub on_timeout: OnTimeout,
+    /// The user's own labels.
+    pub metadata: BTreeMap<String, String>,
+    /// Environment of every command.
+    pub env: BTreeMap<String, String>,
+}
+
+/// What is given.
+#[derive(Debug)]
+pub struct Created {
+    /// The sandbox.
+    pub sandbox: Arc<Sandbox>,
+    /// Its access token: shown once, stored only as a digest.
+    pub access_token: String,
+}
+
+/// Why there is no sandbox.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// No such template.
+    #[error("no template {0:?}")]
+    NoTemplate(String),
+    /// The template is not ready.
+    #[error("template {name:?} is {state}: {detail}", state = state.as_str())]
+    NotReady {
+        /// Its name.
+        name: String,
+        /// How far it is.
+        state: TemplateState,
+        /// What is being done, or why it failed.
+        detail: String,
+    },
+    /// No VM could be made usable.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// The state database.
+    #[error(transparent)]
+    Db(#[from] DbError),
+}
+
+/// Counts a claim as under way for as long as it lives.
+struct UnderWay<'a>(&'a watch::Sender<u32>);
+
+impl<'a> UnderWay<'a> {
+    fn new(claims: &'a watch::Sender<u32>) -> Self {
+        claims.send_modify(|n| *n += 1);
+        Self(claims)
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|n| *n -= 1);
+    }
+}
+
+impl Engine {
+    /// Makes a sandbox: from the pool, else restored while the caller waits. What was started is
+    /// finished or undone also if the caller goes away.
+    pub async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<Created, CreateError> {
+        let template = self.ready_template(&request.template)?;
+        let engine = Arc::clone(self);
+        let work = tokio::spawn(async move { engine.claim(&template, request).await });
+        match work.await {
+            Ok(done) => done,
+            Err(e) => std::panic::resume_unwind(e.into_panic()),
+        }
+    }
+
+    /// A template that can be restored, or why it cannot.
+    pub fn ready_template(&self, name: &str) -> Result<Arc<ReadyTemplate>, CreateError> {
+        let template =
+            self.template(name).ok_or_else(|| CreateError::NoTemplate(name.to_owned()))?;
+        let status = template.status();
+        status.ready.ok_or_else(|| CreateError::NotReady {
+            name: name.to_owned(),
+            state: status.state,
+            detail: status.error.unwrap_or(status.message),
+        })
+    }
+
+    async fn claim(
+        self: Arc<Self>,
+        template: &Arc<ReadyTemplate>,
+        request: CreateRequest,
+    ) -> Result<Created, CreateError> {
+        let under_way = UnderWay::new(&self.claims);
+        let started = Instant::now();
+        let token = ids::new_secret("sbx");
+        let mut tries = 0;
+        let (vm, origin) = loop {
+            let parked = if tries < PARKED_TRIES { self.take_parked(&template.name) } else { None };
+            let Some(parked) = parked else {
+                let vm = lifecycle::restore(&self.context, template, false).await?;
+                match self.hand_over(vm, &request, &token, started).await {
+                    Ok(vm) => break (vm, Origin::Restored),
+                    Err(e) => return Err(e.into()),
+                }
+            };
+            tries += 1;
+            let mut vm = match parked.unpark().await {
+                Ok(vm) => vm,
+                Err((vm, e)) => {
+                    self.discard(vm, &e).await;
+                    continue;
+                }
+            };
+            // A pooled VM's restore is nobody's wait.
+            vm.timings.clear();
+            vm.timings.insert("resume".to_owned(), millis(started.elapsed()));
+            match self.hand_over(vm, &request, &token, started).await {
+                Ok(vm) => break (vm, Origin::Warm),
+                Err(e) => tracing::warn!("claim: {e}; taking another VM"),
+            }
+        };
+        drop(under_way);
+        let created = self.register(vm, origin, &template.name, request, token, started).await?;
+        let labels = [("template", template.name.clone()), ("origin", origin.as_str().to_owned())];
+        metrics::histogram!("rethaw_sandbox_acquire_duration_seconds", &labels)
+            .record(started.elapsed().as_secs_f64());
+        Ok(created)
+    }
+
+    fn take_parked(&self, template: &str) -> Option<lifecycle::Parked> {
+        self.pools.get(template).and_then(|pool| pool.take())
+    }
+
+    /// Gives the VM its token, environment and clock; a VM that does not take them is destroyed.
+    async fn hand_over(
+        &self,
+        mut vm: Reidentified,
+        request: &CreateRequest,
+        token: &str,
+        started: Instant,
+    ) -> Result<Reidentified, RestoreError> {
+        let since = Instant::now();
+        match vm.hand_over(token, request.env.clone()).await {
+            Ok(_) => {
+                vm.timings.insert("claim".to_owned(), millis(since.elapsed()));
+                vm.timings.insert("total".to_owned(), millis(started.elapsed()));
+                Ok(vm)
+            }
+            Err(e) => {
+                self.discard(vm, &e).await;
+                Err(e)
+            }
+        }
+    }
+
+    async fn discard(&self, vm: Reidentified, why: &RestoreError) {
+        tracing::warn!(vm = %vm.id, "destroyed at claim: {why}");
+        let id = vm.id.clone();
+        vm.machine.destroy().await;
+        if let Err(e) = self.context.db.vm_gone(&id).await {
+            tracing::error!(vm = %id, "{e}");
+        }
+    }
+
+    async fn register(
+        self: &Arc<Self>,
+        vm: Reidentified,
+        origin: Origin,
+        template: &str,
+        request: CreateRequest,
+        token: String,
+        started: Instant,
+    ) -> Result<Created, CreateError> {
+        let now = OffsetDateTime::now_utc();
+        let mut timings = vm.timings.clone();
+        timings.insert("total".to_owned(), millis(started.elapsed()));
+        let data = SandboxData {
+            id: vm.id.clone(),
+            template: template.to_owned(),
+            origin,
+            metadata: request.metadata,
+            env: request.env,
+            created_at: now,
+            timeout_seconds: request.timeout.as_secs(),
+            expires_at: now + request.timeout,
+            on_timeout: request.on_timeout,
+            token_sha256: hex::encode(Sha256::digest(token.as_bytes())),
+            vmm: self.context.driver.kind().as_str().to_owned(),
+            timings_ms: timings,
+            paused_in: None,
+        };
+        // Before the caller hears of it: a service killed from here on knows whose VM this is.
+        if let Err(e) = self.context.db.vm_sandbox(&vm.id, Stage::Claimed, &data).await {
+            vm.machine.destroy().await;
+            return Err(e.into());
+        }
+        let process = Arc::clone(&vm.machine.vm);
+        let sandbox = Arc::new(Sandbox::running(data, vm.identity, vm.machine));
+        self.sandboxes.insert(vm.id.clone(), Arc::clone(&sandbox));
+        self.expiries.set(&vm.id, Instant::now() + request.timeout);
+        self.watch_sandbox(&sandbox, process);
+        Ok(Created { sandbox, access_token: token })
+    }
+
+    /// Removes a sandbox whose VM dies by itself.
+    pub(super) fn watch_sandbox(
+        self: &Arc<Self>,
+        sandbox: &Arc<Sandbox>,
+        vm: Arc<dyn snapshotter::vmm::Vm>,
+    ) {
+        // Weak: the watcher must not keep a deleted sandbox's machine alive.
+        let (engine, sandbox) = (Arc::downgrade(self), Arc::downgrade(sandbox));
+        tokio::spawn(async move {
+            let reason = vm.exited().await;
+            let (Some(engine), Some(sandbox)) = (engine.upgrade(), sandbox.upgrade()) else {
+                return;
+            };
+            let same = {
+                let machine = sandbox.machine.lock().await;
+                machine.as_ref().is_some_and(|m| Arc::ptr_eq(&m.vm, &vm))
+            };
+            drop(vm);
+            // Paused or deleted meanwhile: the process was meant to go.
+            if same {
+                tracing::warn!(sandbox = %sandbox.data().id, "VM {reason}");
+                let _ = engine.remove(sandbox, "vm_died").await;
+            }
+        });
+    }
+}

@@ -1,0 +1,98 @@
+//! Rows for templates and pool targets.
+
+use rusqlite::params;
+
+use super::{Db, DbError};
+
+/// One template.
+#[derive(Debug, Clone)]
+pub struct TemplateRow {
+    /// Its name.
+    pub name: String,
+    /// Its snapshot, when it is ready.
+    pub snapshot: Option<String>,
+    /// `queued booting settling snapshotting ready failed`.
+    pub state: String,
+    /// What it was made from, JSON.
+    pub spec: String,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// When it was asked for, RFC 3339.
+    pub created_at: String,
+}
+
+impl Db {
+    /// Writes a template as it is now.
+    pub async fn template_put(&self, row: TemplateRow) -> Result<(), DbError> {
+        self.run(move |c| {
+            let sql = "INSERT INTO templates (name, snapshot, state, spec, error, created_at)
+                       VALUES (?1, ?2, ?3, ?4, ?5, ?6)
+                       ON CONFLICT (name) DO UPDATE SET snapshot = ?2, state = ?3, spec = ?4,
+                       error = ?5";
+            c.prepare_cached(sql)?.execute(params![
+                row.name,
+                row.snapshot,
+                row.state,
+                row.spec,
+                row.error,
+                row.created_at
+            ])?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Every template.
+    pub async fn templates(&self) -> Result<Vec<TemplateRow>, DbError> {
+        self.run(|c| {
+            let sql = "SELECT name, snapshot, state, spec, error, created_at FROM templates
+                       ORDER BY name";
+            let mut statement = c.prepare(sql)?;
+            let rows = statement.query_map([], |row| {
+                Ok(TemplateRow {
+                    name: row.get(0)?,
+                    snapshot: row.get(1)?,
+                    state: row.get(2)?,
+                    spec: row.get(3)?,
+                    error: row.get(4)?,
+                    created_at: row.get(5)?,
+                })
+            })?;
+            rows.map(|row| row.map_err(DbError::from)).collect()
+        })
+        .await
+    }
+
+    /// Removes a template's row.
+    pub async fn template_remove(&self, name: &str) -> Result<(), DbError> {
+        let name = name.to_owned();
+        self.run(move |c| {
+            c.execute("DELETE FROM templates WHERE name = ?1", [name])?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// How many VMs of a template to keep parked, if an operator ever said so.
+    pub async fn pool_target(&self, template: &str) -> Result<Option<u32>, DbError> {
+        let template = template.to_owned();
+        self.run(move |c| {
+            let mut statement = c.prepare_cached("SELECT target FROM pools WHERE template = ?1")?;
+            let mut rows = statement.query([template])?;
+            Ok(rows.next()?.map(|row| row.get(0)).transpose()?)
+        })
+        .await
+    }
+
+    /// Remembers an operator's pool target.
+    pub async fn set_pool_target(&self, template: &str, target: u32) -> Result<(), DbError> {
+        let template = template.to_owned();
+        self.run(move |c| {
+            let sql = "INSERT INTO pools (template, target) VALUES (?1, ?2)
+                       ON CONFLICT (template) DO UPDATE SET target = ?2";
+            c.execute(sql, params![template, target])?;
+            Ok(())
+        })
+        .await
+    }
+}

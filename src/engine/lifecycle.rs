@@ -1,0 +1,460 @@
+//! From a template to a machine somebody may use, one type per stage:
+//!
+//! ```text
+//! Spawned --load--> Loaded --resume--> Resumed --reidentify--> Reidentified --park--> Parked
+//!    |                 |                  |                         |                   |
+//!    +-----------------+------ any failure: destroyed, the pool makes another ----------+
+//! ```
+//!
+//! Only [`Resumed::reidentify`] makes a [`Reidentified`], and it needs a
+//! [`ProvenIdentity`], which only a complete, read-back report yields. A VM whose identity was not
+//! proven new therefore cannot be parked, and what is not parked or reidentified cannot be claimed.
+//!
+//! Dropping any stage kills the VM and removes its directory; nothing here outlives its owner
+//! unless it was asked to.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use guest_agent::client::{AgentClient, AgentError};
+use guest_agent::wire::{ClaimReport, ClaimRequest, IdentityFailure, ProvenIdentity};
+use snapshotter::disk;
+use snapshotter::vmm::{Driver, Nic, Priority, RestoreSpec, Shell, Vm, VmmError};
+
+use super::db::{Db, DbError, StoredIdentity};
+use super::identity::{self, Identity};
+use super::ids;
+use super::template::ReadyTemplate;
+
+/// How long a restored guest may take to answer for the first time.
+const AGENT_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the guest may take to apply its identity; hooks have deadlines of their own inside it.
+const IDENTITY_DEADLINE: Duration = Duration::from_secs(15);
+/// How long the hand-over of a parked VM may take before it is thrown away for another one.
+const CLAIM_DEADLINE: Duration = Duration::from_secs(3);
+
+/// Milliseconds by phase, in the form of `timings_ms`.
+pub type Timings = BTreeMap<String, f64>;
+
+/// Milliseconds of a duration, to the microsecond.
+pub fn millis(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// Why a VM did not become usable.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The VMM.
+    #[error(transparent)]
+    Vmm(#[from] VmmError),
+    /// The agent does not answer or refuses.
+    #[error("guest agent of VM {id}: {step}: {source}")]
+    Agent {
+        /// The VM.
+        id: String,
+        /// What was asked.
+        step: &'static str,
+        /// What came back.
+        source: AgentError,
+    },
+    /// The identity is not proven new.
+    #[error("VM {id} destroyed, its identity is not proven: {source}")]
+    Identity {
+        /// The VM.
+        id: String,
+        /// Which item, and why.
+        source: IdentityFailure,
+    },
+    /// The state database.
+    #[error(transparent)]
+    Db(#[from] DbError),
+    /// A file.
+    #[error("{what} {path:?}: {source}")]
+    File {
+        /// What was being done.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What happened.
+        source: std::io::Error,
+    },
+}
+
+/// A VM's directory: sockets, log, scratch disk. Removed when dropped.
+#[derive(Debug)]
+pub struct RunDir {
+    path: PathBuf,
+    keep: bool,
+}
+
+impl RunDir {
+    /// Makes the directory of VM `id`.
+    pub fn create(run: &Path, id: &str) -> std::io::Result<Self> {
+        let path = run.join(id);
+        std::fs::create_dir_all(&path)?;
+        Ok(Self { path, keep: false })
+    }
+
+    /// Takes over the directory of a VM that a killed service left running.
+    pub fn adopt(path: PathBuf) -> Self {
+        Self { path, keep: false }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The scratch disk in it.
+    pub fn scratch(&self) -> PathBuf {
+        self.path.join(snapshotter::manifest::SCRATCH)
+    }
+
+    fn leave(&mut self) {
+        self.keep = true;
+    }
+}
+
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        if self.keep {
+            return;
+        }
+        match std::fs::remove_dir_all(&self.path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                tracing::warn!(path = ?self.path, "cannot remove VM directory: {e}");
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A VM together with what it holds. Fields are dropped in order: process first, files last.
+#[derive(Debug)]
+pub struct Machine {
+    /// The VM.
+    pub vm: Arc<dyn Vm>,
+    /// Connection to its agent.
+    pub agent: AgentClient,
+    dir: RunDir,
+}
+
+impl Machine {
+    /// Puts together a machine that was taken back after a crash.
+    pub fn adopted(vm: Arc<dyn Vm>, agent: AgentClient, dir: RunDir) -> Self {
+        Self { vm, agent, dir }
+    }
+
+    /// Kills the VM, waits until it is gone, and removes its files.
+    pub async fn destroy(self) {
+        self.vm.kill().await;
+    }
+
+    /// Lets the VM outlive this process.
+    pub fn leave_running(mut self) {
+        self.vm.leave_running();
+        self.dir.leave();
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &RunDir {
+        &self.dir
+    }
+}
+
+/// What a restore needs to know besides the template.
+#[derive(Debug, Clone)]
+pub struct RestoreContext {
+    /// The VMM.
+    pub driver: Arc<dyn Driver>,
+    /// Durable state.
+    pub db: Db,
+    /// Parent of all VM directories.
+    pub run: PathBuf,
+}
+
+struct Common {
+    id: String,
+    identity: Identity,
+    timings: Timings,
+    db: Db,
+}
+
+impl Common {
+    fn time(&mut self, phase: &str, since: Instant) {
+        self.timings.insert(phase.to_owned(), millis(since.elapsed()));
+    }
+
+    fn agent_error(&self, step: &'static str, source: AgentError) -> RestoreError {
+        RestoreError::Agent { id: self.id.clone(), step, source }
+    }
+}
+
+/// A VMM process that has loaded nothing.
+pub struct Spawned {
+    shell: Box<dyn Shell>,
+    dir: RunDir,
+    common: Common,
+}
+
+/// A VM with the template's memory, paused.
+pub struct Loaded {
+    vm: Arc<dyn Vm>,
+    dir: RunDir,
+    common: Common,
+}
+
+/// A VM that runs, still with the template's identity.
+pub struct Resumed {
+    machine: Machine,
+    common: Common,
+}
+
+/// A VM that runs and whose identity is proven to be its own.
+#[derive(Debug)]
+pub struct Reidentified {
+    /// Its id.
+    pub id: String,
+    /// The machine.
+    pub machine: Machine,
+    /// Its identity, and what the guest reported.
+    pub identity: StoredIdentity,
+    /// Phases so far.
+    pub timings: Timings,
+    // Held so that no code path makes this type without one.
+    _proof: ProvenIdentity,
+}
+
+/// A VM with an identity of its own, paused, waiting for a claim.
+#[derive(Debug)]
+pub struct Parked {
+    /// The machine; its vCPUs do not run.
+    pub inner: Reidentified,
+}
+
+impl Spawned {
+    /// Writes the intent, makes the VM's directory and disk, and starts its VMM process.
+    pub async fn spawn(
+        context: &RestoreContext,
+        template: &ReadyTemplate,
+        background: bool,
+    ) -> Result<Self, RestoreError> {
+        let id = ids::new_id();
+        let started = Instant::now();
+        context.db.vm_starting(&id, &template.name, &template.snapshot).await?;
+        match Self::spawn_inner(context, template, background, &id, started).await {
+            Ok(spawned) => Ok(spawned),
+            Err(e) => {
+                context.db.vm_gone(&id).await?;
+                Err(e)
+            }
+        }
+    }
+
+    async fn spawn_inner(
+        context: &RestoreContext,
+        template: &ReadyTemplate,
+        background: bool,
+        id: &str,
+        started: Instant,
+    ) -> Result<Self, RestoreError> {
+        let mut timings = Timings::new();
+        let file = |what, path: &Path| {
+            let path = path.to_owned();
+            move |source| RestoreError::File { what, path, source }
+        };
+        let dir = RunDir::create(&context.run, id).map_err(file("cannot make", &context.run))?;
+        let (from, to) = (template.scratch.clone(), dir.scratch());
+        let copied = tokio::task::spawn_blocking(move || disk::clone_file(&from, &to)).await;
+        copied
+            .map_err(std::io::Error::other)
+            .and_then(|inner| inner)
+            .map_err(file("cannot copy", &template.scratch))?;
+        timings.insert("disk".to_owned(), millis(started.elapsed()));
+        let spec = RestoreSpec {
+            id: id.to_owned(),
+            run_dir: dir.path().to_owned(),
+            vmstate: template.vmstate.clone(),
+            memory: template.memory.clone(),
+            memory_file: template.memory_file.clone(),
+            backend: template.backend,
+            root_disk: template.root_disk.clone(),
+            scratch_disk: dir.scratch(),
+            size: template.size,
+            nic: Nic { tap: None, netns: None },
+            background,
+        };
+        let shell = context.driver.prepare(&spec).await?;
+        let identity = Identity::mint(id);
+        context.db.vm_spawned(&shell.record(), &identity).await?;
+        let common = Common { id: id.to_owned(), identity, timings, db: context.db.clone() };
+        Ok(Self { shell, dir, common })
+    }
+
+    /// Loads the template's device state.
+    pub async fn load(self) -> Result<Loaded, RestoreError> {
+        let Self { shell, dir, mut common } = self;
+        match shell.load().await {
+            Ok((vm, phases)) => {
+                for (phase, took) in phases {
+                    common.timings.insert(phase.to_owned(), millis(took));
+                }
+                Ok(Loaded { vm: Arc::from(vm), dir, common })
+            }
+            Err(e) => {
+                drop(dir);
+                common.db.vm_gone(&common.id).await?;
+                Err(e.into())
+            }
+        }
+    }
+}
+
+impl Loaded {
+    /// Lets the guest run and connects to its agent.
+    pub async fn resume(self) -> Result<Resumed, RestoreError> {
+        let Self { vm, dir, mut common } = self;
+        let attempt = async {
+            let started = Instant::now();
+            vm.resume().await?;
+            common.time("resume", started);
+            let started = Instant::now();
+            let agent = vm.connect_agent(AGENT_DEADLINE).await;
+            let agent = agent.map_err(|e| common.agent_error("first connection", e))?;
+            common.time("agent", started);
+            Ok(agent)
+        };
+        match attempt.await {
+            Ok(agent) => Ok(Resumed { machine: Machine { vm, agent, dir }, common }),
+            Err(e) => {
+                vm.kill().await;
+                drop((vm, dir));
+                common.db.vm_gone(&common.id).await?;
+                Err(e)
+            }
+        }
+    }
+}
+
+impl Resumed {
+    /// Gives the guest its identity and demands proof.
+    pub async fn reidentify(self) -> Result<Reidentified, RestoreError> {
+        let Self { machine, mut common } = self;
+        let started = Instant::now();
+        // Made here and not earlier: the clock in it must be now.
+        let request = common.identity.request();
+        let attempt = async {
+            let report = machine.agent.identity(&request, IDENTITY_DEADLINE).await;
+            let report = report.map_err(|e| common.agent_error("identity", e))?;
+            report
+                .prove(&request)
+                .map_err(|source| RestoreError::Identity { id: common.id.clone(), source })
+        };
+        match attempt.await {
+            Ok(proof) => {
+                common.time("identity", started);
+                let guest = proof.report().total_micros as f64 / 1e3;
+                common.timings.insert("identity_guest".to_owned(), guest);
+                let items = identity::item_views(&proof);
+                let identity = StoredIdentity { values: common.identity, items };
+                let (id, timings) = (common.id, common.timings);
+                Ok(Reidentified { id, machine, identity, timings, _proof: proof })
+            }
+            Err(e) => {
+                if matches!(e, RestoreError::Identity { .. }) {
+                    metrics::counter!("rethaw_identity_total", "outcome" => "failed").increment(1);
+                }
+                tracing::error!(vm = %common.id, "{e}");
+                machine.destroy().await;
+                common.db.vm_gone(&common.id).await?;
+                Err(e)
+            }
+        }
+    }
+}
+
+impl Reidentified {
+    /// Stops the vCPUs and writes down that this VM may be claimed, also by a later service.
+    pub async fn park(self, db: &Db) -> Result<Parked, RestoreError> {
+        let attempt = async {
+            self.rehearse().await?;
+            self.machine.vm.pause().await?;
+            db.vm_parked(&self.id, &self.identity).await?;
+            Ok(())
+        };
+        match attempt.await {
+            Ok(()) => Ok(Parked { inner: self }),
+            Err(e) => {
+                let id = self.id.clone();
+                self.machine.destroy().await;
+                db.vm_gone(&id).await?;
+                Err(e)
+            }
+        }
+    }
+
+    /// One hand-over without a token: the pages and translated code a claim needs are then there,
+    /// and a VM that could not be claimed is found now instead of under a user's request.
+    async fn rehearse(&self) -> Result<(), RestoreError> {
+        let request = ClaimRequest {
+            wall_clock_unix_nanos: ids::wall_clock_unix_nanos(),
+            ..ClaimRequest::default()
+        };
+        let done = self.machine.agent.claim(&request, CLAIM_DEADLINE).await;
+        done.map(drop).map_err(|source| RestoreError::Agent {
+            id: self.id.clone(),
+            step: "rehearsal of a claim",
+            source,
+        })
+    }
+
+    /// Hands the running VM over: clock, token and environment in one round trip.
+    pub async fn hand_over(
+        &self,
+        access_token: &str,
+        env: BTreeMap<String, String>,
+    ) -> Result<ClaimReport, RestoreError> {
+        let request = ClaimRequest {
+            wall_clock_unix_nanos: ids::wall_clock_unix_nanos(),
+            access_token: Some(access_token.to_owned()),
+            env,
+        };
+        let done = self.machine.agent.claim(&request, CLAIM_DEADLINE).await;
+        done.map_err(|source| RestoreError::Agent { id: self.id.clone(), step: "claim", source })
+    }
+}
+
+impl Parked {
+    /// Lets the vCPUs run again.
+    pub async fn unpark(self) -> Result<Reidentified, (Reidentified, RestoreError)> {
+        self.inner.machine.vm.set_priority(Priority::Normal);
+        match self.inner.machine.vm.resume().await {
+            Ok(()) => Ok(self.inner),
+            Err(e) => Err((self.inner, e.into())),
+        }
+    }
+}
+
+/// The whole way from a template to a running VM with an identity of its own.
+pub async fn restore(
+    context: &RestoreContext,
+    template: &ReadyTemplate,
+    background: bool,
+) -> Result<Reidentified, RestoreError> {
+    let started = Instant::now();
+    let spawned = Spawned::spawn(context, template, background).await?;
+    let mut done = spawned.load().await?.resume().await?.reidentify().await?;
+    done.timings.insert("restore".to_owned(), millis(started.elapsed()));
+    record_phases(&done.timings);
+    metrics::counter!("rethaw_identity_total", "outcome" => "proven").increment(1);
+    Ok(done)
+}
+
+fn record_phases(timings: &Timings) {
+    for (phase, ms) in timings {
+        metrics::histogram!("rethaw_restore_phase_duration_seconds", "phase" => phase.clone())
+            .record(ms / 1e3);
+    }
+}

@@ -1,0 +1,334 @@
+//! The engine: everything the service does, without a word of HTTP.
+//!
+//! ```text
+//!              templates --ready--> pools --take--> claims --> sandboxes --> gone
+//!                 |                   ^                           |
+//!   bake (first start)                +---- lifecycle::restore ---+ miss: restored on the spot
+//! ```
+//!
+//! [`Engine::start`] opens the state, takes back what an earlier service left, and sees to it that
+//! the template `base` exists; from then on pools keep themselves full and the methods of
+//! [`Engine`] are what the API calls.
+
+mod bake;
+mod claim;
+pub mod db;
+pub mod identity;
+pub mod ids;
+pub mod lifecycle;
+mod pool;
+mod recover;
+pub mod sandbox;
+pub mod template;
+mod ttl;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use dashmap::DashMap;
+use snapshotter::image::Flavor;
+use snapshotter::store::Store;
+use snapshotter::vmm::{Driver, MachineSize};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use uffd_handler::supervisor::Supervisor;
+
+pub use claim::{CreateError, CreateRequest, Created};
+use db::{Db, DbError};
+use lifecycle::RestoreContext;
+pub use pool::PoolNumbers;
+use pool::Pool;
+use sandbox::{Sandbox, State};
+use template::Template;
+
+/// What the engine needs to start.
+#[derive(Debug, Clone)]
+pub struct EngineConfig {
+    /// Directory of all state and artefacts.
+    pub home: PathBuf,
+    /// Static guest agent, to be put into guest images.
+    pub agent_binary: PathBuf,
+    /// Size of `base`'s machine.
+    pub size: MachineSize,
+    /// Kernel flavor of `base`.
+    pub flavor: Flavor,
+    /// Pool size of a template for which no operator has set one.
+    pub default_pool_target: u32,
+    /// The longest life time a sandbox may ask for.
+    pub max_timeout: Duration,
+}
+
+/// Where VM directories are.
+pub fn run_dir(home: &Path) -> PathBuf {
+    home.join("run").join("vm")
+}
+
+/// The engine.
+#[derive(Debug)]
+pub struct Engine {
+    config: EngineConfig,
+    store: Store,
+    pager: Arc<Supervisor>,
+    context: RestoreContext,
+    templates: DashMap<String, Arc<Template>>,
+    pools: DashMap<String, Arc<Pool>>,
+    sandboxes: DashMap<String, Arc<Sandbox>>,
+    expiries: ttl::Expiries,
+    // Counts claims under way, so that refill can wait for them.
+    claims: watch::Sender<u32>,
+    tasks: Mutex<JoinSet<()>>,
+    started: Instant,
+}
+
+/// Why the engine did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The state database.
+    #[error(transparent)]
+    Db(#[from] DbError),
+    /// A directory.
+    #[error("cannot use {path:?}: {source}")]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// What happened.
+        source: std::io::Error,
+    },
+}
+
+/// Why a request about one sandbox failed.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// There is none with this id.
+    #[error("no sandbox {0:?}")]
+    NotFound(String),
+    /// It is in a state that does not allow this.
+    #[error("sandbox {id} is {state}, {action} needs it to be {wanted}", state = state.as_str())]
+    WrongState {
+        /// The sandbox.
+        id: String,
+        /// Its state.
+        state: State,
+        /// What was asked for.
+        action: &'static str,
+        /// The state it needs.
+        wanted: &'static str,
+    },
+    /// The state database.
+    #[error(transparent)]
+    Db(#[from] DbError),
+}
+
+impl Engine {
+    /// Opens the state below `config.home` and brings everything up; `base` may still be baking
+    /// when this returns.
+    pub async fn start(
+        config: EngineConfig,
+        driver: Arc<dyn Driver>,
+        pager: Arc<Supervisor>,
+    ) -> Result<Arc<Self>, StartError> {
+        let dir = |path: &Path| {
+            let path = path.to_owned();
+            move |source| StartError::Directory { path, source }
+        };
+        let store = Store::open(&config.home).map_err(dir(&config.home))?;
+        let run = run_dir(&config.home);
+        std::fs::create_dir_all(&run).map_err(dir(&run))?;
+        let db = Db::open(&config.home.join("state.db"))?;
+        let engine = Arc::new(Self {
+            context: RestoreContext { driver, db, run },
+            config,
+            store,
+            pager,
+            templates: DashMap::new(),
+            pools: DashMap::new(),
+            sandboxes: DashMap::new(),
+            expiries: ttl::Expiries::default(),
+            claims: watch::Sender::new(0),
+            tasks: Mutex::new(JoinSet::new()),
+            started: Instant::now(),
+        });
+        engine.recover().await?;
+        engine.watch_pager();
+        let ttl = Arc::clone(&engine);
+        engine.spawn(async move { ttl.expire_sandboxes().await });
+        let base = Arc::clone(&engine);
+        engine.spawn(async move { base.ensure_base().await });
+        Ok(engine)
+    }
+
+    /// Runs a task that ends with the engine.
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self.tasks.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        tasks.spawn(task);
+        // Those that ended are forgotten, or the set would grow with every sandbox.
+        while tasks.try_join_next().is_some() {}
+    }
+
+    /// What it was started with.
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+
+    /// The VMM driver.
+    pub fn driver(&self) -> &Arc<dyn Driver> {
+        &self.context.driver
+    }
+
+    /// The page server's supervisor.
+    pub fn pager(&self) -> &Arc<Supervisor> {
+        &self.pager
+    }
+
+    /// When it was started.
+    pub fn uptime(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Every template, by name.
+    pub fn templates(&self) -> Vec<Arc<Template>> {
+        let mut all: Vec<_> = self.templates.iter().map(|t| Arc::clone(t.value())).collect();
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        all
+    }
+
+    /// One template.
+    pub fn template(&self, name: &str) -> Option<Arc<Template>> {
+        self.templates.get(name).map(|t| Arc::clone(t.value()))
+    }
+
+    /// Every pool's template and numbers, and how many of its sandboxes are claimed.
+    pub fn pools(&self) -> Vec<(String, PoolNumbers, u32)> {
+        let mut all: Vec<_> = self
+            .pools
+            .iter()
+            .map(|p| (p.key().clone(), p.value().numbers(), self.claimed(p.key())))
+            .collect();
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        all
+    }
+
+    fn claimed(&self, template: &str) -> u32 {
+        let of = |s: &Sandbox| s.data().template == template && s.state() != State::Paused;
+        self.sandboxes.iter().filter(|s| of(s.value())).count() as u32
+    }
+
+    /// Sets how many VMs of a template are kept parked; `None` if there is no such pool.
+    pub async fn set_pool_target(&self, template: &str, target: u32) -> Result<Option<()>, DbError> {
+        let Some(pool) = self.pools.get(template).map(|p| Arc::clone(p.value())) else {
+            return Ok(None);
+        };
+        self.context.db.set_pool_target(template, target).await?;
+        pool.set_target(target);
+        Ok(Some(()))
+    }
+
+    /// Opens a template's pool and starts to fill it.
+    async fn open_pool(self: &Arc<Self>, ready: Arc<template::ReadyTemplate>) -> Result<(), DbError> {
+        let target = self.context.db.pool_target(&ready.name).await?;
+        let target = target.unwrap_or(self.config.default_pool_target);
+        let name = ready.name.clone();
+        let pool = Pool::new(ready, self.context.clone(), target, self.claims.subscribe());
+        self.pools.insert(name, Arc::clone(&pool));
+        self.spawn(pool.run());
+        Ok(())
+    }
+
+    /// Every sandbox, newest first.
+    pub fn sandboxes(&self) -> Vec<Arc<Sandbox>> {
+        let mut all: Vec<_> = self.sandboxes.iter().map(|s| Arc::clone(s.value())).collect();
+        all.sort_by_cached_key(|s| {
+            let data = s.data();
+            (std::cmp::Reverse(data.created_at), data.id)
+        });
+        all
+    }
+
+    /// One sandbox.
+    pub fn sandbox(&self, id: &str) -> Result<Arc<Sandbox>, SandboxError> {
+        let found = self.sandboxes.get(id).map(|s| Arc::clone(s.value()));
+        found.ok_or_else(|| SandboxError::NotFound(id.to_owned()))
+    }
+
+    /// Changes when a sandbox's time is up, counted from now.
+    pub async fn set_timeout(&self, id: &str, timeout: Duration) -> Result<(), SandboxError> {
+        let sandbox = self.sandbox(id)?;
+        let expires_at = time::OffsetDateTime::now_utc() + timeout;
+        let data = sandbox.update(|d| {
+            d.timeout_seconds = timeout.as_secs();
+            d.expires_at = expires_at;
+        });
+        let stage = match sandbox.state() {
+            State::Paused | State::Resuming => db::Stage::Paused,
+            _ => db::Stage::Claimed,
+        };
+        self.context.db.vm_sandbox(id, stage, &data).await?;
+        self.expiries.set(id, Instant::now() + timeout);
+        Ok(())
+    }
+
+    /// Removes a sandbox and all it held. What is done is done also if the caller goes away.
+    pub async fn delete(self: &Arc<Self>, id: &str) -> Result<(), SandboxError> {
+        let sandbox = self.sandbox(id)?;
+        let engine = Arc::clone(self);
+        let work = tokio::spawn(async move { engine.remove(sandbox, "deleted").await });
+        match work.await {
+            Ok(done) => done,
+            // The task panicked; the VM is still listed and can be deleted again.
+            Err(e) => std::panic::resume_unwind(e.into_panic()),
+        }
+    }
+
+    async fn remove(&self, sandbox: Arc<Sandbox>, reason: &'static str) -> Result<(), SandboxError> {
+        let id = sandbox.data().id;
+        let mut machine = sandbox.machine.lock().await;
+        if sandbox.state() == State::Deleting {
+            return Err(SandboxError::NotFound(id));
+        }
+        sandbox.set_state(State::Deleting);
+        sandbox.set_agent(None);
+        if let Some(machine) = machine.take() {
+            machine.destroy().await;
+        }
+        self.expiries.clear(&id);
+        self.sandboxes.remove(&id);
+        self.context.db.vm_gone(&id).await?;
+        metrics::counter!("rethaw_sandboxes_gone_total", "reason" => reason).increment(1);
+        tracing::info!(sandbox = %id, reason, "sandbox gone");
+        Ok(())
+    }
+
+    /// Kills every VM and stops the page server. Afterwards no process, socket or file of a VM is
+    /// left.
+    pub async fn shutdown(self: &Arc<Self>) {
+        for pool in &self.pools {
+            pool.close();
+        }
+        let mut removals = JoinSet::new();
+        for sandbox in self.sandboxes() {
+            if sandbox.state() == State::Paused {
+                continue;
+            }
+            let engine = Arc::clone(self);
+            removals.spawn(async move { engine.remove(sandbox, "shutdown").await });
+        }
+        while let Some(done) = removals.join_next().await {
+            if let Ok(Err(e)) = done {
+                tracing::error!("shutdown: {e}");
+            }
+        }
+        self.expiries.close();
+        let mut tasks = {
+            let mut tasks = self.tasks.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            std::mem::take(&mut *tasks)
+        };
+        // Pools destroy their VMs when they end; a bake under way is dropped, and its VM with it.
+        let all = async { while tasks.join_next().await.is_some() {} };
+        if tokio::time::timeout(Duration::from_secs(20), all).await.is_err() {
+            tracing::warn!("some work did not end in time and is dropped");
+        }
+        tasks.shutdown().await;
+        self.pager.shutdown();
+    }
+}

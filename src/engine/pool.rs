@@ -1,0 +1,237 @@
+//! A template's warm pool: parked VMs, proven and paused, and the task that keeps their number up.
+//!
+//! Nothing here runs on a timer: a claim, a death, a changed target or a finished restore wakes the
+//! refill. Refill runs at low priority and does not start a restore while a claim is under way.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::{Notify, watch};
+use tokio::task::{AbortHandle, JoinSet};
+
+use super::lifecycle::{self, Parked, RestoreContext};
+use super::template::ReadyTemplate;
+
+/// Longest pause between two attempts after a restore failed.
+const MAX_BACKOFF: Duration = Duration::from_secs(10);
+/// Restores under way at once for one pool.
+const REFILL_CONCURRENCY: u32 = 2;
+
+#[derive(Debug)]
+struct Entry {
+    parked: Parked,
+    // Watches the process; aborted when the VM is taken.
+    watcher: AbortHandle,
+}
+
+/// A pool.
+#[derive(Debug)]
+pub struct Pool {
+    /// Its template.
+    pub template: Arc<ReadyTemplate>,
+    context: RestoreContext,
+    target: AtomicU32,
+    restoring: AtomicU32,
+    misses: AtomicU64,
+    closed: AtomicBool,
+    ready: Mutex<VecDeque<Entry>>,
+    wake: Notify,
+    // How many claims are under way in the whole service.
+    claims: watch::Receiver<u32>,
+}
+
+/// A pool's numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolNumbers {
+    /// VMs it tries to keep.
+    pub target: u32,
+    /// VMs parked.
+    pub ready: u32,
+    /// VMs being restored.
+    pub restoring: u32,
+    /// Claims that found it empty.
+    pub misses_total: u64,
+}
+
+impl Pool {
+    /// A pool that is empty until [`Pool::run`] is spawned.
+    pub fn new(
+        template: Arc<ReadyTemplate>,
+        context: RestoreContext,
+        target: u32,
+        claims: watch::Receiver<u32>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            template,
+            context,
+            target: AtomicU32::new(target),
+            restoring: AtomicU32::new(0),
+            misses: AtomicU64::new(0),
+            closed: AtomicBool::new(false),
+            ready: Mutex::new(VecDeque::new()),
+            wake: Notify::new(),
+            claims,
+        })
+    }
+
+    /// Its numbers now.
+    pub fn numbers(&self) -> PoolNumbers {
+        PoolNumbers {
+            target: self.target.load(Ordering::Relaxed),
+            ready: self.entries().len() as u32,
+            restoring: self.restoring.load(Ordering::Relaxed),
+            misses_total: self.misses.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Changes how many VMs it tries to keep.
+    pub fn set_target(&self, target: u32) {
+        self.target.store(target, Ordering::Relaxed);
+        self.wake.notify_one();
+    }
+
+    /// Takes a parked VM, or counts a miss.
+    pub fn take(&self) -> Option<Parked> {
+        let entry = self.entries().pop_front();
+        if let Some(entry) = entry {
+            entry.watcher.abort();
+            self.wake.notify_one();
+            return Some(entry.parked);
+        }
+        self.misses.fetch_add(1, Ordering::Relaxed);
+        metrics::counter!("rethaw_pool_misses_total", "template" => self.template.name.clone())
+            .increment(1);
+        self.wake.notify_one();
+        None
+    }
+
+    /// Puts in a VM that is parked already.
+    pub fn put(self: &Arc<Self>, parked: Parked) {
+        let vm = Arc::clone(&parked.inner.machine.vm);
+        let (pool, id) = (Arc::clone(self), parked.inner.id.clone());
+        // The entry must be in before its watcher can look for it.
+        let mut entries = self.entries();
+        let watcher = tokio::spawn(async move {
+            let reason = vm.exited().await;
+            drop(vm);
+            pool.remove_dead(&id, &reason.to_string()).await;
+        });
+        entries.push_back(Entry { parked, watcher: watcher.abort_handle() });
+    }
+
+    /// Keeps the number of parked VMs at the target until the pool is closed.
+    pub async fn run(self: Arc<Self>) {
+        let mut restores = JoinSet::new();
+        let mut backoff = Duration::ZERO;
+        loop {
+            if self.closed.load(Ordering::Relaxed) {
+                break;
+            }
+            self.drop_surplus().await;
+            while self.wants_more() {
+                self.restoring.fetch_add(1, Ordering::Relaxed);
+                let pool = Arc::clone(&self);
+                let wait = backoff;
+                restores.spawn(async move { pool.restore_one(wait).await });
+            }
+            tokio::select! {
+                () = self.wake.notified() => {}
+                Some(done) = restores.join_next(), if !restores.is_empty() => {
+                    self.restoring.fetch_sub(1, Ordering::Relaxed);
+                    backoff = match done {
+                        Ok(true) => Duration::ZERO,
+                        _ => (backoff * 2).clamp(Duration::from_millis(100), MAX_BACKOFF),
+                    };
+                }
+            }
+        }
+        // A restore under way is finished and then destroyed: aborting it would leave its clean-up
+        // to whoever drops the pieces.
+        while restores.join_next().await.is_some() {
+            self.restoring.fetch_sub(1, Ordering::Relaxed);
+        }
+        self.destroy_all().await;
+    }
+
+    /// Ends [`Pool::run`], which then destroys every parked VM.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+        self.wake.notify_one();
+    }
+
+    fn wants_more(&self) -> bool {
+        let n = self.numbers();
+        n.ready + n.restoring < n.target && n.restoring < REFILL_CONCURRENCY
+    }
+
+    async fn restore_one(self: &Arc<Self>, wait: Duration) -> bool {
+        tokio::time::sleep(wait).await;
+        // Claims come first: they are short, and a restore would take the CPU from them.
+        let mut claims = self.claims.clone();
+        let _ = claims.wait_for(|under_way| *under_way == 0).await;
+        let restored = lifecycle::restore(&self.context, &self.template, true).await;
+        let parked = match restored {
+            Ok(running) => running.park(&self.context.db).await,
+            Err(e) => Err(e),
+        };
+        match parked {
+            Ok(parked) => {
+                self.put(parked);
+                true
+            }
+            Err(e) => {
+                tracing::error!(template = %self.template.name, "refill: {e}");
+                false
+            }
+        }
+    }
+
+    async fn remove_dead(&self, id: &str, reason: &str) {
+        let entry = {
+            let mut entries = self.entries();
+            let at = entries.iter().position(|e| e.parked.inner.id == id);
+            at.and_then(|at| entries.remove(at))
+        };
+        let Some(entry) = entry else { return };
+        tracing::warn!(vm = id, "parked VM {reason}; replacing it");
+        metrics::counter!("rethaw_pool_deaths_total", "template" => self.template.name.clone())
+            .increment(1);
+        self.destroy(entry.parked).await;
+        self.wake.notify_one();
+    }
+
+    async fn drop_surplus(&self) {
+        loop {
+            let entry = {
+                let mut entries = self.entries();
+                let target = self.target.load(Ordering::Relaxed) as usize;
+                if entries.len() > target { entries.pop_back() } else { None }
+            };
+            let Some(entry) = entry else { return };
+            entry.watcher.abort();
+            self.destroy(entry.parked).await;
+        }
+    }
+
+    async fn destroy_all(&self) {
+        loop {
+            let Some(entry) = self.entries().pop_back() else { return };
+            entry.watcher.abort();
+            self.destroy(entry.parked).await;
+        }
+    }
+
+    async fn destroy(&self, parked: Parked) {
+        let id = parked.inner.id.clone();
+        parked.inner.machine.destroy().await;
+        if let Err(e) = self.context.db.vm_gone(&id).await {
+            tracing::error!(vm = %id, "{e}");
+        }
+    }
+
+    fn entries(&self) -> std::sync::MutexGuard<'_, VecDeque<Entry>> {
+        self.ready.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,168 @@
+//! Errors as users see them: problem+json (RFC 9457) with the members `code`, `message` and
+//! `error_code` besides, so that one body serves every client.
+//!
+//! This is the only place where an engine error gets a status code. `error_code` is a closed list:
+//! the constants in this file and those of the guest agent.
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use guest_agent::client::AgentError;
+use serde_json::json;
+
+use super::request_id;
+use crate::engine::db::DbError;
+use crate::engine::lifecycle::RestoreError;
+use crate::engine::{CreateError, SandboxError};
+
+/// An error on its way to the user.
+#[derive(Debug)]
+pub struct ApiError {
+    status: StatusCode,
+    error_code: String,
+    message: String,
+    retry_after_seconds: Option<u32>,
+}
+
+impl ApiError {
+    /// An error with its status, code and text.
+    pub fn new(status: StatusCode, error_code: &str, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            error_code: error_code.to_owned(),
+            message: message.into(),
+            retry_after_seconds: None,
+        }
+    }
+
+    fn retry_after(mut self, seconds: u32) -> Self {
+        self.retry_after_seconds = Some(seconds);
+        self
+    }
+
+    /// The body or a parameter cannot be parsed.
+    pub fn malformed(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "malformed_request", message)
+    }
+
+    /// A field's value is not acceptable. `message` names the field and what would be right.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid_field", message)
+    }
+
+    /// No such route.
+    pub fn route_not_found() -> Self {
+        Self::new(StatusCode::NOT_FOUND, "route_not_found", "no such route; see /v1/info")
+    }
+
+    /// The route exists with other methods.
+    pub fn method_not_allowed() -> Self {
+        let message = "this route does not take this method; the Allow header lists those it does";
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
+    }
+
+    /// No or wrong key.
+    pub fn unauthorized() -> Self {
+        let message = "missing or wrong API key: send it as \"Authorization: Bearer KEY\" or \
+                       \"X-API-Key: KEY\"";
+        Self::new(StatusCode::UNAUTHORIZED, "unauthorized", message)
+    }
+
+    /// No such template.
+    pub fn template_not_found(name: &str) -> Self {
+        let message = format!("no template {name:?}; GET /v1/templates lists them");
+        Self::new(StatusCode::NOT_FOUND, "template_not_found", message)
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let title = self.status.canonical_reason().unwrap_or("Error");
+        let body = json!({
+            "type": format!("urn:rethaw:error:{}", self.error_code),
+            "title": title,
+            "status": self.status.as_u16(),
+            "detail": self.message,
+            "code": self.status.as_u16(),
+            "message": self.message,
+            "error_code": self.error_code,
+            "request_id": request_id::current(),
+        });
+        if self.status.is_server_error() {
+            tracing::warn!(code = %self.error_code, "{}", self.message);
+        }
+        let mut response = (self.status, Json(body)).into_response();
+        let headers = response.headers_mut();
+        let problem = HeaderValue::from_static("application/problem+json");
+        headers.insert(header::CONTENT_TYPE, problem);
+        if let Some(seconds) = self.retry_after_seconds {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}
+
+impl From<DbError> for ApiError {
+    fn from(e: DbError) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "state_store_failed", e.to_string())
+    }
+}
+
+impl From<SandboxError> for ApiError {
+    fn from(e: SandboxError) -> Self {
+        let message = e.to_string();
+        match e {
+            SandboxError::NotFound(_) => {
+                Self::new(StatusCode::NOT_FOUND, "sandbox_not_found", message)
+            }
+            SandboxError::WrongState { .. } => {
+                Self::new(StatusCode::CONFLICT, "wrong_state", message)
+            }
+            SandboxError::Db(e) => e.into(),
+        }
+    }
+}
+
+impl From<CreateError> for ApiError {
+    fn from(e: CreateError) -> Self {
+        let message = e.to_string();
+        match e {
+            CreateError::NoTemplate(name) => Self::template_not_found(&name),
+            CreateError::NotReady { .. } => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "template_not_ready", message)
+                    .retry_after(5)
+            }
+            CreateError::Restore(e) => e.into(),
+            CreateError::Db(e) => e.into(),
+        }
+    }
+}
+
+impl From<RestoreError> for ApiError {
+    fn from(e: RestoreError) -> Self {
+        let message = e.to_string();
+        let code = match e {
+            RestoreError::Identity { .. } => "identity_not_proven",
+            _ => "restore_failed",
+        };
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, code, message).retry_after(1)
+    }
+}
+
+impl From<AgentError> for ApiError {
+    fn from(e: AgentError) -> Self {
+        match e {
+            AgentError::Refused { status, error_code, message } => {
+                let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+                Self::new(status, &error_code, message)
+            }
+            AgentError::Timeout { .. } => {
+                Self::new(StatusCode::GATEWAY_TIMEOUT, "guest_timeout", e.to_string())
+            }
+            other => Self::new(StatusCode::BAD_GATEWAY, "guest_unreachable", other.to_string()),
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! JSON bodies: too long, malformed and invalid are three different answers, each naming the place.
+
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{FromRequest, Request};
+use axum::http::StatusCode;
+use serde::de::DeserializeOwned;
+
+use super::error::ApiError;
+use super::MAX_JSON_BYTES;
+
+/// A JSON body, parsed.
+#[derive(Debug)]
+pub struct JsonBody<T>(pub T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for JsonBody<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        let bytes = Bytes::from_request(request, state).await.map_err(|e| too_long(&e))?;
+        // An absent body means "all defaults", which the type may refuse.
+        let text: &[u8] = if bytes.is_empty() { b"{}" } else { &bytes };
+        serde_json::from_slice(text).map(JsonBody).map_err(|e| match e.classify() {
+            serde_json::error::Category::Data => ApiError::invalid(format!("body: {e}")),
+            _ => ApiError::malformed(format!("the body is not JSON: {e}")),
+        })
+    }
+}
+
+fn too_long(rejection: &BytesRejection) -> ApiError {
+    if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
+        let message = format!("the body is longer than {MAX_JSON_BYTES} bytes");
+        return ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_long", message);
+    }
+    ApiError::malformed(rejection.body_text())
+}

@@ -1,0 +1,171 @@
+//! `rethaw serve`: puts the service together, runs it, and takes it down again.
+
+use std::fs::File;
+use std::future::Future;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use rustix::fs::{FlockOperation, flock};
+use snapshotter::host::Accelerator;
+use snapshotter::qemu::{Qemu, QemuConfig};
+use snapshotter::vmm::{Driver, MachineSize};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use uffd_handler::supervisor::{Supervisor, SupervisorConfig};
+
+use crate::cli::serve::{ServeOptions, VmmChoice};
+use crate::engine::{Engine, EngineConfig};
+use crate::http::{self, ApiKey, App};
+use crate::paths::Paths;
+
+/// Pool size of a template for which no operator has set one.
+const DEFAULT_POOL_TARGET: u32 = 4;
+/// The longest life time a sandbox may ask for.
+const MAX_TIMEOUT: Duration = Duration::from_secs(30 * 24 * 3600);
+/// How long open requests may take once the service was told to stop.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Runs the service until SIGTERM or SIGINT.
+pub fn run(options: ServeOptions) -> anyhow::Result<()> {
+    init_logging();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let listener = TcpListener::bind(options.listen).await;
+        let listener = listener.with_context(|| format!("cannot listen on {}", options.listen))?;
+        serve(options, listener, stop_signal()?).await
+    })
+}
+
+fn init_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("RETHAW_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}
+
+/// Resolves when the process is asked to stop.
+fn stop_signal() -> std::io::Result<impl Future<Output = &'static str>> {
+    let mut term = signal(SignalKind::terminate())?;
+    let mut int = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = term.recv() => "SIGTERM",
+            _ = int.recv() => "SIGINT",
+        }
+    })
+}
+
+async fn serve(
+    options: ServeOptions,
+    listener: TcpListener,
+    stop: impl Future<Output = &'static str> + Send + 'static,
+) -> anyhow::Result<()> {
+    let home = &options.home;
+    std::fs::create_dir_all(home).with_context(|| format!("cannot make {}", home.display()))?;
+    // Held until the process ends.
+    let _lock = lock_home(home)?;
+    check_socket_paths(home)?;
+    let paths = Paths::find()?;
+    let metrics = crate::metrics::install()?;
+    let key = if options.no_auth {
+        None
+    } else {
+        let path = home.join("api-key");
+        let key = ApiKey::from_file(&path);
+        Some(key.with_context(|| format!("API key file {}", path.display()))?)
+    };
+    let pager = Arc::new(start_pager(home, &paths)?);
+    let driver = driver(&options, &paths, Arc::clone(&pager)).await?;
+    let config = EngineConfig {
+        home: home.clone(),
+        agent_binary: paths.agent.clone(),
+        size: MachineSize { vcpus: 1, memory_bytes: options.memory_mib << 20 },
+        flavor: options.flavor,
+        default_pool_target: options.pool_target.unwrap_or(DEFAULT_POOL_TARGET),
+        max_timeout: MAX_TIMEOUT,
+    };
+    let engine = Engine::start(config, driver, pager).await?;
+    tracing::info!("listening on http://{}", listener.local_addr()?);
+    let app = App { engine: Arc::clone(&engine), key, metrics };
+    run_http(listener, app, stop).await?;
+    engine.shutdown().await;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Serves until told to stop; then finishes open requests, but not for ever.
+async fn run_http(
+    listener: TcpListener,
+    app: App,
+    stop: impl Future<Output = &'static str> + Send + 'static,
+) -> anyhow::Result<()> {
+    let stopping = Arc::new(tokio::sync::Notify::new());
+    let told = Arc::clone(&stopping);
+    let stop = async move {
+        let why = stop.await;
+        tracing::info!("{why}: stopping");
+        told.notify_one();
+    };
+    let server = axum::serve(listener, http::router(app)).with_graceful_shutdown(stop);
+    tokio::select! {
+        done = async { server.await } => done?,
+        () = async { stopping.notified().await; tokio::time::sleep(DRAIN_DEADLINE).await } => {
+            tracing::warn!("requests still open after {DRAIN_DEADLINE:?} are dropped");
+        }
+    }
+    Ok(())
+}
+
+/// One service per data directory: two would fight over every VM in it.
+fn lock_home(home: &Path) -> anyhow::Result<File> {
+    let path = home.join("lock");
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        bail!(
+            "another rethaw service already uses {}; stop it or choose another --home",
+            home.display()
+        );
+    }
+    Ok(file)
+}
+
+/// Socket paths have a hard limit of 107 bytes; better said now than at the first VM.
+fn check_socket_paths(home: &Path) -> anyhow::Result<()> {
+    let longest = crate::engine::run_dir(home).join("a".repeat(20)).join("migrate.sock");
+    let length = longest.as_os_str().len();
+    if length > 107 {
+        bail!(
+            "--home {} is too long: socket paths below it would have {length} bytes, Linux allows 107",
+            home.display()
+        );
+    }
+    Ok(())
+}
+
+fn start_pager(home: &Path, paths: &Paths) -> anyhow::Result<Supervisor> {
+    let run = home.join("run");
+    std::fs::create_dir_all(&run).with_context(|| format!("cannot make {}", run.display()))?;
+    let mut config = SupervisorConfig::new(&paths.pager, run.join("pager.sock"));
+    config.log = Some(home.join("pager.log"));
+    Supervisor::start(config).context("the page server does not start")
+}
+
+async fn driver(
+    options: &ServeOptions,
+    paths: &Paths,
+    pager: Arc<Supervisor>,
+) -> anyhow::Result<Arc<dyn Driver>> {
+    match options.vmm {
+        VmmChoice::Auto | VmmChoice::Qemu => {
+            let config = QemuConfig {
+                binary: paths.qemu.clone(),
+                shim: paths.shim.clone(),
+                accelerator: Accelerator::Tcg,
+            };
+            Ok(Arc::new(Qemu::new(config, pager).await?))
+        }
+        VmmChoice::Firecracker => bail!("--vmm firecracker is not available yet; use qemu"),
+    }
+}

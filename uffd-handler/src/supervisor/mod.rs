@@ -278,7 +278,7 @@ impl Supervisor {
     }
 
     /// Ends the page server. Only for when all VMs are gone: one that is left stands still.
-    pub fn shutdown(self) {
+    pub fn shutdown(&self) {
         self.shared.expect_end();
         let end = Instant::now() + self.shared.config.deadline;
         let asked = self.shared.send(Request::Shutdown, &[]).and_then(|reply| reply.wait(end));

@@ -1,0 +1,177 @@
+//! The fault thread of one VM.
+//!
+//! Reads what the kernel reports in batches, answers every fault, and puts aside those that cannot
+//! be answered yet. Nothing is allocated per fault.
+
+use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::time::TimeSpec;
+
+use super::answer::{Answer, PageBuffer};
+use super::session::{End, Session};
+use crate::region::Unit;
+use crate::stats::Counter;
+use crate::uffd::{Message, RawMessage};
+
+/// Messages per read.
+const BATCH: usize = 64;
+/// Faults that wait for a second attempt. One more is woken instead and asks again by itself.
+const MAX_PARKED: usize = 256;
+/// First and longest pause before faults that were put aside are tried again.
+const PARK_PAUSE: Duration = Duration::from_micros(200);
+const MAX_PARK_PAUSE: Duration = Duration::from_millis(10);
+/// How long missing memory is waited for.
+const NO_MEMORY_DEADLINE: Duration = Duration::from_secs(5);
+
+#[derive(Clone, Copy)]
+struct Parked {
+    unit: Unit,
+    write: bool,
+    since: Instant,
+}
+
+/// Serves a VM until it ends.
+pub(super) fn serve(session: &Session) -> End {
+    let mut turn = Turn {
+        session,
+        messages: [RawMessage::default(); BATCH],
+        buffer: PageBuffer::new(session),
+        parked: Vec::with_capacity(MAX_PARKED),
+        pause: PARK_PAUSE,
+    };
+    session.wake_all();
+    loop {
+        let end = match turn.work() {
+            Ok(true) => None,
+            Ok(false) => turn.wait(),
+            Err(end) => Some(end),
+        };
+        if let Some(end) = end {
+            session.demand.store(false, Ordering::Relaxed);
+            return end;
+        }
+    }
+}
+
+struct Turn<'a> {
+    session: &'a Session,
+    messages: [RawMessage; BATCH],
+    buffer: PageBuffer,
+    parked: Vec<Parked>,
+    pause: Duration,
+}
+
+impl Turn<'_> {
+    /// One batch; false when there was nothing to do.
+    fn work(&mut self) -> Result<bool, End> {
+        let count = self
+            .session
+            .read(&mut self.messages)
+            .map_err(|errno| End::Lost(format!("reading the userfaultfd: {}", errno.desc())))?;
+        if count == 0 && self.parked.is_empty() {
+            return Ok(false);
+        }
+        let read_at = Instant::now();
+        self.session.demand.store(true, Ordering::Relaxed);
+        if count > 0 {
+            // Once per batch: a file that somebody rewrote must not reach a guest.
+            if let Err(error) = self.session.layers.check_unchanged() {
+                return Err(End::Lost(error.to_string()));
+            }
+        }
+        for i in 0..count {
+            match self.messages[i].decode() {
+                Message::Fault { address, write } => self.fault(address, write, read_at)?,
+                Message::Remove { .. } => {} // noted as it was read
+                Message::Other(event) => {
+                    return Err(End::Lost(format!("unexpected userfaultfd event {event:#x}")));
+                }
+            }
+        }
+        let before = self.parked.len();
+        if before > 0 {
+            self.retry()?;
+        }
+        self.session.demand.store(false, Ordering::Relaxed);
+        if self.parked.len() < before || self.parked.is_empty() {
+            self.pause = PARK_PAUSE;
+        }
+        Ok(count > 0)
+    }
+
+    fn fault(&mut self, address: u64, write: bool, read_at: Instant) -> Result<(), End> {
+        let Some(unit) = self.session.regions.unit_at(address) else {
+            return Err(End::Lost(format!("fault at {address:#x}, outside of the guest's memory")));
+        };
+        match self.session.answer(unit, write, &mut self.buffer) {
+            Answer::Served => {
+                self.session.state.count_latency(read_at.elapsed().as_nanos() as u64);
+                Ok(())
+            }
+            Answer::Later | Answer::NoMemory => {
+                self.session.state.count(Counter::FaultsParked, 1);
+                if self.parked.len() < MAX_PARKED {
+                    self.parked.push(Parked { unit, write, since: read_at });
+                } else if self.session.uffd.wake(unit.address, 1 << 12).is_err() {
+                    tracing::debug!(vm = self.session.id, "waking a fault that found no place");
+                }
+                Ok(())
+            }
+            Answer::End(end) => Err(end),
+        }
+    }
+
+    fn retry(&mut self) -> Result<(), End> {
+        let mut i = 0;
+        while i < self.parked.len() {
+            let Parked { unit, write, since } = self.parked[i];
+            match self.session.answer(unit, write, &mut self.buffer) {
+                Answer::Served => {
+                    self.session.state.count_latency(since.elapsed().as_nanos() as u64);
+                    self.parked.swap_remove(i);
+                }
+                Answer::NoMemory if since.elapsed() > NO_MEMORY_DEADLINE => {
+                    return Err(End::Lost(format!("no memory for page {}", unit.page)));
+                }
+                Answer::Later | Answer::NoMemory => i += 1,
+                Answer::End(end) => return Err(end),
+            }
+        }
+        Ok(())
+    }
+
+    /// Sleeps until there is something to do.
+    fn wait(&mut self) -> Option<End> {
+        let session = self.session;
+        let timeout = (!self.parked.is_empty()).then(|| {
+            let pause = self.pause;
+            self.pause = (pause * 2).min(MAX_PARK_PAUSE);
+            TimeSpec::from(pause)
+        });
+        let mut fds = [
+            PollFd::new(session.uffd.as_fd(), PollFlags::POLLIN),
+            PollFd::new(session.peer.as_fd(), session.peer_end),
+            PollFd::new(session.stop.as_fd(), PollFlags::POLLIN),
+        ];
+        match ppoll(&mut fds, timeout, None) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Some(End::Lost(format!("poll: {errno}"))),
+        }
+        let any = |i: usize| fds[i].any().unwrap_or(true);
+        if any(2) {
+            return Some(End::Stopped);
+        }
+        if any(1) {
+            return Some(End::Gone);
+        }
+        let odd = PollFlags::POLLERR | PollFlags::POLLNVAL;
+        if fds[0].revents().is_none_or(|events| events.intersects(odd)) {
+            return Some(End::Lost("the userfaultfd became unusable".into()));
+        }
+        None
+    }
+}

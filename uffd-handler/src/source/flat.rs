@@ -1,0 +1,84 @@
+//! The bottom layer: a file with every page of the guest's memory in its place.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use memmap2::{MmapOptions, MmapRaw};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+
+use super::{Fingerprint, Lookup, PageSource, SourceError, ZeroMap};
+use crate::uffd::PAGE;
+
+/// A flat memory file, open.
+///
+/// Demand faults read it, so that an unreadable page is an error. Bulk installs hand the kernel
+/// addresses in a mapping, which no code of this process ever reads: a page that went away is an
+/// errno of that call then, and not a SIGBUS.
+#[derive(Debug)]
+pub struct FlatLayer {
+    file: File,
+    path: PathBuf,
+    fingerprint: Fingerprint,
+    mapping: MmapRaw,
+    zero: Option<ZeroMap>,
+}
+
+impl FlatLayer {
+    /// Takes an open file of exactly `memory_bytes`, and the map of its zero pages if there is one.
+    pub fn new(
+        file: File,
+        path: &Path,
+        memory_bytes: u64,
+        zero: Option<ZeroMap>,
+    ) -> Result<Self, SourceError> {
+        let open = |source| SourceError::Open { path: path.to_path_buf(), source };
+        let fingerprint = Fingerprint::of(&file).map_err(open)?;
+        if fingerprint.len != memory_bytes || memory_bytes == 0 {
+            let (expected, found) = (memory_bytes, fingerprint.len);
+            return Err(SourceError::Size { path: path.to_path_buf(), expected, found });
+        }
+        let mapping = MmapOptions::new().map_raw_read_only(&file).map_err(open)?;
+        Ok(Self { file, path: path.to_path_buf(), fingerprint, mapping, zero })
+    }
+
+    pub(super) fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
+    }
+}
+
+impl PageSource for FlatLayer {
+    fn lookup(&self, page: u64) -> Lookup {
+        match &self.zero {
+            Some(zero) if zero.is_zero(page) => Lookup::Zero,
+            _ => Lookup::At(page),
+        }
+    }
+
+    fn read(&self, place: u64, page: u64, buffer: &mut [u8]) -> Result<(), SourceError> {
+        self.file.read_exact_at(buffer, place * PAGE).map_err(|source| SourceError::Read {
+            path: self.path.clone(),
+            page,
+            source,
+        })
+    }
+
+    fn mapped(&self, place: u64) -> Option<*const u8> {
+        let offset = place * PAGE;
+        (offset < self.fingerprint.len).then(|| self.mapping.as_ptr().wrapping_add(offset as usize))
+    }
+
+    fn check_unchanged(&self) -> Result<(), SourceError> {
+        self.fingerprint.check(&self.file, &self.path)
+    }
+
+    fn will_need(&self, place: u64, pages: u64) {
+        // Advice only: a file system that knows nothing of it costs us a slower read.
+        let _ = posix_fadvise(
+            &self.file,
+            (place * PAGE) as i64,
+            (pages * PAGE) as i64,
+            PosixFadviseAdvice::POSIX_FADV_WILLNEED,
+        );
+    }
+}

@@ -1,0 +1,158 @@
+//! Starts a page server, or finds the one that is running.
+
+use std::io::{BufRead, BufReader};
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::poll::PollFlags;
+use thiserror::Error;
+
+use super::SupervisorConfig;
+use super::link::{self, RequestError};
+use crate::control::{self, Channel, ChannelError, Event, PROTOCOL_VERSION, Reply, Request};
+use crate::fdpass;
+
+/// Why there is no page server.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// The binary cannot be run.
+    #[error("{binary}: {source}")]
+    Spawn {
+        /// The binary.
+        binary: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// It ended or kept silent instead of getting ready.
+    #[error("{binary} did not get ready within {waited:?}; its log says why")]
+    NotReady {
+        /// The binary.
+        binary: PathBuf,
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// The control channel failed.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    /// It did not answer as it should.
+    #[error("page server on {socket}: {reason}")]
+    Conversation {
+        /// Its socket.
+        socket: PathBuf,
+        /// What went wrong.
+        reason: String,
+    },
+    /// The supervisor's thread cannot be started.
+    #[error("thread: {0}")]
+    Thread(std::io::Error),
+    /// A log file or a process handle cannot be opened.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was opened.
+        what: String,
+        /// The cause.
+        source: std::io::Error,
+    },
+}
+
+impl StartError {
+    pub(super) fn conversation(config: &SupervisorConfig, reason: impl ToString) -> Self {
+        Self::Conversation { socket: config.socket.clone(), reason: reason.to_string() }
+    }
+}
+
+/// A page server that answers.
+pub(super) struct Running {
+    pub(super) channel: Channel,
+    pub(super) pid: i32,
+    /// Set when this process is its parent and has to reap it.
+    pub(super) child: Option<Child>,
+    /// What it said in between.
+    pub(super) events: Vec<Event>,
+}
+
+/// The page server on the socket, if there is one.
+pub(super) fn find(config: &SupervisorConfig) -> Result<Option<Running>, StartError> {
+    match control::connect(&config.socket)? {
+        Some(channel) => greet(config, channel, None).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Starts a page server in a session of its own and waits until it is ready.
+pub(super) fn launch(config: &SupervisorConfig) -> Result<Running, StartError> {
+    let deadline = Instant::now() + config.deadline;
+    let log = match &config.log {
+        None => Stdio::inherit(),
+        Some(path) => {
+            let file = std::fs::File::options().create(true).append(true).open(path);
+            let what = path.display().to_string();
+            Stdio::from(file.map_err(|source| StartError::Io { what, source })?)
+        }
+    };
+    let mut command = Command::new(&config.binary);
+    command
+        .arg("--socket")
+        .arg(&config.socket)
+        .args(["--idle-exit-seconds", &config.idle_exit.as_secs().max(1).to_string()])
+        .args(["--log-level", &config.log_level])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log);
+    // SAFETY: setsid is async-signal-safe and touches no memory.
+    unsafe {
+        command.pre_exec(|| {
+            // A session of its own: a signal to the service's terminal or group must not reach it.
+            nix::unistd::setsid().map_err(std::io::Error::from)?;
+            Ok(())
+        });
+    }
+    let spawned = command.spawn();
+    let mut child =
+        spawned.map_err(|source| StartError::Spawn { binary: config.binary.clone(), source })?;
+    let ready = child.stdout.take().is_some_and(|stdout| {
+        // Ready means one line; end-of-file means that it ended.
+        fdpass::wait_for(stdout.as_fd(), PollFlags::POLLIN, deadline) == Ok(true)
+            && BufReader::new(stdout).lines().next().is_some_and(|line| line.is_ok())
+    });
+    let channel = if ready { control::connect(&config.socket)? } else { None };
+    match channel {
+        Some(channel) => greet(config, channel, Some(child)),
+        None => {
+            end(&mut child);
+            Err(StartError::NotReady { binary: config.binary.clone(), waited: config.deadline })
+        }
+    }
+}
+
+fn greet(
+    config: &SupervisorConfig,
+    channel: Channel,
+    child: Option<Child>,
+) -> Result<Running, StartError> {
+    let mut events = Vec::new();
+    let hello = Request::Hello { version: PROTOCOL_VERSION };
+    let deadline = Instant::now() + config.deadline;
+    match link::ask(&channel, hello, &[], deadline, &mut events) {
+        Ok((Reply::Hello { version, pid }, _)) if version == PROTOCOL_VERSION => {
+            Ok(Running { channel, pid, child, events })
+        }
+        Ok((Reply::Hello { version, pid }, _)) => Err(StartError::conversation(
+            config,
+            format!("process {pid} speaks version {version}, this service {PROTOCOL_VERSION}"),
+        )),
+        Ok((reply, _)) => Err(StartError::conversation(config, format!("{reply:?} to a greeting"))),
+        Err(RequestError::Channel(error)) => Err(error.into()),
+        Err(error) => Err(StartError::conversation(config, error)),
+    }
+}
+
+/// Kills and reaps a page server that never got going.
+fn end(child: &mut Child) {
+    // Both fail only when it has ended already.
+    let _ = child.kill();
+    let _ = child.wait();
+}

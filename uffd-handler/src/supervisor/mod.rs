@@ -1,0 +1,303 @@
+//! The service's side: keeps a page server running and every VM served.
+//!
+//! ```text
+//! no pager --start--> serving --pager dies--> taking over --all VMs handed on--> serving
+//! pager left by an earlier service --start--> adopting --descriptors taken back--> serving
+//! ```
+//!
+//! The supervisor holds a second descriptor of everything a page server needs. When that process
+//! dies, a new one is started and handed the lot; the guests' threads that waited ask again, and
+//! all they notice is the time it took.
+
+mod launch;
+mod link;
+mod monitor;
+mod plan;
+mod table;
+
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+
+pub use launch::StartError;
+pub use plan::{MemoryPlan, PlanError};
+
+use crate::control::{Reply, Request};
+use crate::handshake::Handshake;
+use crate::stats::Stats;
+use crate::working_set::WorkingSet;
+use link::RequestError;
+use monitor::Shared;
+
+/// How the page server is started and watched.
+#[derive(Clone, Debug)]
+pub struct SupervisorConfig {
+    /// The `rethaw-pager` binary.
+    pub binary: PathBuf,
+    /// Its control socket; only its owner can connect.
+    pub socket: PathBuf,
+    /// Where its log goes; this process's standard error when there is none.
+    pub log: Option<PathBuf>,
+    /// Its log filter.
+    pub log_level: String,
+    /// How long it stays when it has neither a VM nor a service.
+    pub idle_exit: Duration,
+    /// How long it may take to start, and to answer a request.
+    pub deadline: Duration,
+    /// How often a sign of life is asked for. A page server that owes one for as long is killed
+    /// and replaced.
+    pub heartbeat: Duration,
+}
+
+impl SupervisorConfig {
+    /// The usual settings for a binary and a socket.
+    pub fn new(binary: impl Into<PathBuf>, socket: impl Into<PathBuf>) -> Self {
+        Self {
+            binary: binary.into(),
+            socket: socket.into(),
+            log: None,
+            log_level: "info".into(),
+            idle_exit: Duration::from_secs(30),
+            deadline: Duration::from_secs(5),
+            heartbeat: Duration::from_secs(1),
+        }
+    }
+}
+
+/// What happens to VMs and page servers unasked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PagerEvent {
+    /// The VMM ended; the page server and the supervisor have freed everything about it.
+    VmGone {
+        /// Which.
+        id: String,
+    },
+    /// The VM cannot be served. It stands still until the service kills it; then call
+    /// [`Supervisor::remove_vm`].
+    VmLost {
+        /// Which.
+        id: String,
+        /// Why.
+        reason: String,
+    },
+    /// Every page of the VM is in place.
+    Graduated {
+        /// Which.
+        id: String,
+    },
+    /// A page server died and another one took over.
+    PagerRestarted {
+        /// The new process.
+        pid: i32,
+        /// VMs handed over.
+        vms: usize,
+        /// From noticing the death to the last VM handed over.
+        millis: u64,
+    },
+    /// No page server can be started; every VM stands still. Trying goes on.
+    PagerUnavailable {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Why a VM is not served.
+#[derive(Debug, Error)]
+pub enum AddVmError {
+    /// There is one of that name.
+    #[error("VM {0} is served already")]
+    Duplicate(String),
+    /// The files of the plan cannot be used.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The page server refused.
+    #[error("page server refused VM {id}: {reason}")]
+    Refused {
+        /// Which.
+        id: String,
+        /// Its reason.
+        reason: String,
+    },
+    /// No page server took it in time.
+    #[error("no page server took VM {id} within {deadline:?}")]
+    Unavailable {
+        /// Which.
+        id: String,
+        /// How long was waited.
+        deadline: Duration,
+    },
+}
+
+/// A question about a VM that is not served.
+#[derive(Debug, Error)]
+#[error("no VM {0} is being served")]
+pub struct UnknownVm(pub String);
+
+/// Keeps a page server running; see the [module](self).
+#[derive(Debug)]
+pub struct Supervisor {
+    shared: Arc<Shared>,
+    adopted: Vec<String>,
+    monitor: Mutex<Option<std::thread::JoinHandle<()>>>,
+}
+
+impl Supervisor {
+    /// Connects to the page server that an earlier service left behind and takes its VMs back, or
+    /// starts a new one.
+    pub fn start(config: SupervisorConfig) -> Result<Self, StartError> {
+        let (shared, first) = Shared::begin(config)?;
+        let shared = Arc::new(shared);
+        let adopted = shared.table().ids();
+        let run = shared.clone();
+        let monitor = std::thread::Builder::new()
+            .name("pager-monitor".into())
+            .spawn(move || monitor::run(&run, first))
+            .map_err(StartError::Thread)?;
+        Ok(Self { shared, adopted, monitor: Mutex::new(Some(monitor)) })
+    }
+
+    /// VMs that were taken back from an earlier service's page server.
+    pub fn adopted(&self) -> Vec<String> {
+        self.adopted.clone()
+    }
+
+    /// Has a VM served from now on.
+    pub fn add_vm(
+        &self,
+        id: &str,
+        handshake: Handshake,
+        plan: &MemoryPlan,
+    ) -> Result<(), AddVmError> {
+        let vm = plan::prepare(id, handshake, plan)?;
+        let deadline = self.shared.config.deadline;
+        let end = Instant::now() + deadline;
+        let generation = self.shared.generation();
+        let request = Request::AddVm(vm.registration.clone());
+        let sent = {
+            let mut table = self.shared.table();
+            if !table.insert(vm) {
+                return Err(AddVmError::Duplicate(id.into()));
+            }
+            // Sent with the table held: a takeover sees the VM either not at all or once sent.
+            self.shared.send(request, &table.descriptors(id))
+        };
+        let outcome = sent.and_then(|pending| pending.wait(end));
+        match outcome {
+            Ok((Reply::Failed { message }, _)) => {
+                self.shared.table().remove(id);
+                Err(AddVmError::Refused { id: id.into(), reason: message })
+            }
+            Ok(_) => Ok(()),
+            // The takeover hands on whatever is in the table, this VM too.
+            Err(RequestError::Disconnected) if self.shared.wait_restart(generation, end) => {
+                match self.shared.table().lost(id) {
+                    None => Ok(()),
+                    Some(reason) => {
+                        self.shared.table().remove(id);
+                        Err(AddVmError::Refused { id: id.into(), reason })
+                    }
+                }
+            }
+            Err(_) => {
+                self.remove_vm(id);
+                Err(AddVmError::Unavailable { id: id.into(), deadline })
+            }
+        }
+    }
+
+    /// Stops serving a VM and frees everything about it. A VM that still runs stands still at its
+    /// next missing page: kill it first.
+    pub fn remove_vm(&self, id: &str) {
+        if self.shared.table().remove(id) {
+            let end = Instant::now() + self.shared.config.deadline;
+            let request = Request::RemoveVm { id: id.into() };
+            // A page server that is gone has forgotten the VM by itself.
+            if let Err(error) = self.shared.send(request, &[]).and_then(|reply| reply.wait(end)) {
+                tracing::debug!(vm = id, %error, "removing");
+            }
+        }
+    }
+
+    /// VMs being served, lost ones included.
+    pub fn vms(&self) -> Vec<String> {
+        self.shared.table().ids()
+    }
+
+    /// Ends the recording of a VM's demand faults and gives the pages.
+    pub fn recording(&self, id: &str) -> Result<WorkingSet, UnknownVm> {
+        let state = self.shared.table().state(id).ok_or_else(|| UnknownVm(id.into()))?;
+        Ok(WorkingSet::from_bitmap(state.stop_recording()))
+    }
+
+    /// Counts of one VM.
+    pub fn vm_stats(&self, id: &str) -> Result<Stats, UnknownVm> {
+        let state = self.shared.table().state(id).ok_or_else(|| UnknownVm(id.into()))?;
+        Ok(state.stats())
+    }
+
+    /// Counts of all VMs since this supervisor started, the ended ones included.
+    pub fn stats(&self) -> Stats {
+        self.shared.table().total()
+    }
+
+    /// Times that a page server had to be replaced.
+    pub fn restarts(&self) -> u64 {
+        self.shared.generation()
+    }
+
+    /// Waits until a VM's working set is in place; false when that takes longer.
+    pub fn wait_prefetched(&self, id: &str, timeout: Duration) -> Result<bool, UnknownVm> {
+        let state = self.shared.table().state(id).ok_or_else(|| UnknownVm(id.into()))?;
+        Ok(state.wait_prefetched(timeout))
+    }
+
+    /// Whether every page of the VM is in place and it needs no page server any more.
+    pub fn is_graduated(&self, id: &str) -> Result<bool, UnknownVm> {
+        let state = self.shared.table().state(id).ok_or_else(|| UnknownVm(id.into()))?;
+        Ok(state.is_graduated())
+    }
+
+    /// A new subscription to what happens from now on.
+    pub fn events(&self) -> Receiver<PagerEvent> {
+        let (sender, receiver) = channel();
+        self.shared.subscribe(sender);
+        receiver
+    }
+
+    /// Process id of the page server; 0 while there is none.
+    pub fn pager_pid(&self) -> i32 {
+        self.shared.pager_pid()
+    }
+
+    /// Replaces the page server, as after an upgrade of its binary; VMs are handed over.
+    pub fn replace_pager(&self) {
+        self.shared.kill_pager();
+    }
+
+    /// Ends the page server. Only for when all VMs are gone: one that is left stands still.
+    pub fn shutdown(self) {
+        self.shared.expect_end();
+        let end = Instant::now() + self.shared.config.deadline;
+        let asked = self.shared.send(Request::Shutdown, &[]).and_then(|reply| reply.wait(end));
+        if let Err(error) = asked {
+            tracing::debug!(%error, "ending the page server");
+        }
+        self.shared.reap(end);
+    }
+}
+
+impl Drop for Supervisor {
+    /// Lets go of the page server, which serves on.
+    fn drop(&mut self) {
+        self.shared.stop_monitor();
+        let handle = self.monitor.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(handle) = handle
+            && handle.join().is_err()
+        {
+            tracing::error!("the page server's monitor panicked");
+        }
+    }
+}

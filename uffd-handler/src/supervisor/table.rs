@@ -1,0 +1,79 @@
+//! The VMs that the supervisor vouches for.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use crate::control::Registration;
+use crate::stats::Stats;
+use crate::vm_state::VmState;
+
+/// One VM: what a page server needs, held a second time.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) registration: Registration,
+    pub(super) fds: Vec<OwnedFd>,
+    pub(super) state: Arc<VmState>,
+    /// Why it is not served any more.
+    pub(super) lost: Option<String>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    vms: HashMap<String, Entry>,
+    ended: Stats,
+}
+
+impl Table {
+    /// Adds a VM; false when its name is taken.
+    pub(super) fn insert(&mut self, entry: Entry) -> bool {
+        let id = entry.registration.id.clone();
+        if self.vms.contains_key(&id) {
+            return false;
+        }
+        self.vms.insert(id, entry);
+        true
+    }
+
+    /// Forgets a VM but for its counts; false when there was none.
+    pub(super) fn remove(&mut self, id: &str) -> bool {
+        let Some(entry) = self.vms.remove(id) else { return false };
+        self.ended.add(&entry.state.stats());
+        true
+    }
+
+    pub(super) fn ids(&self) -> Vec<String> {
+        self.vms.keys().cloned().collect()
+    }
+
+    pub(super) fn state(&self, id: &str) -> Option<Arc<VmState>> {
+        self.vms.get(id).map(|entry| entry.state.clone())
+    }
+
+    pub(super) fn lost(&self, id: &str) -> Option<String> {
+        self.vms.get(id).and_then(|entry| entry.lost.clone())
+    }
+
+    pub(super) fn set_lost(&mut self, id: &str, reason: &str) {
+        if let Some(entry) = self.vms.get_mut(id) {
+            entry.lost = Some(reason.into());
+        }
+    }
+
+    /// The descriptors that go with a VM's registration.
+    pub(super) fn descriptors(&self, id: &str) -> Vec<BorrowedFd<'_>> {
+        self.vms.get(id).map_or(Vec::new(), |entry| entry.fds.iter().map(AsFd::as_fd).collect())
+    }
+
+    /// VMs that a new page server has to take over.
+    pub(super) fn served(&self) -> impl Iterator<Item = &Registration> {
+        self.vms.values().filter(|entry| entry.lost.is_none()).map(|entry| &entry.registration)
+    }
+
+    /// Counts of all VMs there are and were.
+    pub(super) fn total(&self) -> Stats {
+        let mut total = self.ended.clone();
+        self.vms.values().for_each(|entry| total.add(&entry.state.stats()));
+        total
+    }
+}

@@ -64,8 +64,8 @@ fn qemu() -> Check {
 }
 
 fn kvm() -> Check {
-    let report = snapshotter::firecracker::kvm::probe();
-    Check { name: "kvm", ok: report.works(), required: false, detail: report.to_string() }
+    let report = "not probed";
+    Check { name: "kvm", ok: false, required: false, detail: report.to_string() }
 }
 
 fn tun() -> Check {

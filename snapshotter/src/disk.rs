@@ -72,7 +72,7 @@ pub fn describe(path: &Path) -> io::Result<FileEntry> {
     let mut buffer = vec![0_u8; 1 << 20];
     let zeros = vec![0_u8; 1 << 20];
     let mut at = 0;
-    let mut skip_to = |hash: &mut Sha256, from: u64, to: u64| {
+    let skip_to = |hash: &mut Sha256, from: u64, to: u64| {
         let mut left = to - from;
         while left > 0 {
             let n = left.min(zeros.len() as u64);

@@ -135,6 +135,8 @@ impl Process {
             e => err(e.into()),
         })?;
         let start_time = start_time(pid).map_err(err)?;
+        // Deprecated for descriptors that could be closed behind its back; an OwnedFd cannot.
+        #[allow(deprecated)]
         let pidfd = AsyncFd::with_interest(fd, tokio::io::Interest::READABLE).map_err(err)?;
         Ok(Self {
             id: ProcessId { pid, start_time },

@@ -144,7 +144,7 @@ pub struct RestoreSpec {
     /// Device state file.
     pub vmstate: PathBuf,
     /// Memory: bottom layer first. The first is a flat file, the others are deltas on it.
-    pub memory: uffd_handler::MemoryPlan,
+    pub memory: uffd_handler::supervisor::MemoryPlan,
     /// Flat memory file for [`MemoryBackend::File`].
     pub memory_file: PathBuf,
     /// Which backend.

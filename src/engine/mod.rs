@@ -34,7 +34,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use uffd_handler::supervisor::Supervisor;
 
-pub use claim::{CreateError, CreateRequest, Created};
+pub use claim::{CreateError, CreateRequest};
 use db::{Db, DbError};
 use lifecycle::RestoreContext;
 pub use pool::PoolNumbers;

@@ -13,7 +13,7 @@ use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use guest_agent::client::{AgentClient, AgentError, ExecStream};
-use guest_agent::wire::{Base64, ExecFrame, ExecInput, ExecRequest};
+use guest_agent::wire::{Base64, Chunk, ExecFrame, ExecInput, ExecRequest};
 use serde::{Deserialize, Serialize};
 
 use super::App;
@@ -175,8 +175,8 @@ async fn buffered(mut stream: ExecStream) -> Result<Response, ApiError> {
     };
     let exit = loop {
         match stream.next_frame().await? {
-            Some(ExecFrame::Stdout(chunk)) => keep(&mut out, &chunk.to_bytes()?),
-            Some(ExecFrame::Stderr(chunk)) => keep(&mut err, &chunk.to_bytes()?),
+            Some(ExecFrame::Stdout(chunk)) => keep(&mut out, &bytes_of(chunk)?),
+            Some(ExecFrame::Stderr(chunk)) => keep(&mut err, &bytes_of(chunk)?),
             Some(ExecFrame::Exit(exit)) => break exit,
             Some(ExecFrame::Error(e)) => {
                 return Err(ApiError::new(StatusCode::BAD_GATEWAY, &e.error_code, e.message));
@@ -202,6 +202,10 @@ async fn buffered(mut stream: ExecStream) -> Result<Response, ApiError> {
         truncated,
     };
     Ok(Json(reply).into_response())
+}
+
+fn bytes_of(chunk: Chunk) -> Result<Vec<u8>, AgentError> {
+    chunk.into_bytes().ok_or_else(|| AgentError::Protocol("output is not base64".to_owned()))
 }
 
 fn text_or_base64(bytes: Vec<u8>) -> (String, Option<&'static str>) {

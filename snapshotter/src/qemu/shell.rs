@@ -13,9 +13,9 @@ use uffd_handler::supervisor::Supervisor;
 
 use super::args::{MEMORY_FD, Machine, Memory, Start, VMSTATE_FD};
 use super::qmp::Qmp;
-use super::vm::{GuestMemory, QemuVm, set_priority};
+use super::vm::{GuestMemory, QemuVm, nice};
 use super::{COMMAND_DEADLINE, Qemu, START_DEADLINE, STATE_DEADLINE, VMM};
-use crate::process::Process;
+use crate::process::{Process, set_nice};
 use crate::vmm::{
     MemoryBackend, Phases, Priority, RestoreSpec, Shell, Vm, VmRecord, VmmError, VmmKind,
 };
@@ -68,7 +68,7 @@ pub(super) async fn prepare(driver: &Qemu, spec: &RestoreSpec) -> Result<QemuShe
     };
     let process = driver.spawn(&spec.id, &spec.run_dir, &machine, fds, &env)?;
     if spec.background {
-        set_priority(process.id().pid, Priority::Background);
+        set_nice(process.id().pid, nice(Priority::Background));
     }
     let record = VmRecord {
         id: spec.id.clone(),
@@ -119,7 +119,7 @@ async fn register(
     let work = move || -> Result<Arc<Supervisor>, String> {
         let handshake = handshake::accept(&listener, &expect, START_DEADLINE)
             .map_err(|e| format!("handshake: {e}"))?;
-        pager.add_vm(&id, handshake, plan).map_err(|e| format!("page server: {e}"))?;
+        pager.add_vm(&id, handshake, &plan).map_err(|e| format!("page server: {e}"))?;
         Ok(pager)
     };
     let result = tokio::task::spawn_blocking(work).await.map_err(|e| e.to_string());

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use guest_agent::client::{AgentClient, AgentError};
-use rustix::process::{Pid, setpriority_process};
 use serde_json::json;
 use tokio::io::AsyncReadExt;
 use tokio::sync::broadcast;
@@ -17,7 +16,7 @@ use uffd_handler::supervisor::Supervisor;
 use super::args::MEMORY_FD;
 use super::qmp::{Event, Qmp};
 use super::{COMMAND_DEADLINE, KILL_DEADLINE, STATE_DEADLINE, VMM};
-use crate::process::{ExitReason, Process};
+use crate::process::{ExitReason, Process, set_nice};
 use crate::vmm::{MemoryBackend, Priority, SnapshotFiles, Vm, VmRecord, VmmError};
 
 /// How this process can get at the guest's memory.
@@ -161,7 +160,7 @@ impl Vm for QemuVm {
     }
 
     fn set_priority(&self, priority: Priority) {
-        set_priority(self.record.process.pid, priority);
+        set_nice(self.record.process.pid, nice(priority));
     }
 
     async fn kill(&self) {
@@ -216,18 +215,10 @@ pub(super) async fn migration_end(
     }
 }
 
-/// Sets the nice value of every thread of `pid`. Threads it starts later inherit it.
-pub(super) fn set_priority(pid: i32, priority: Priority) {
-    let nice = match priority {
+/// The nice value that goes with a priority.
+pub(super) fn nice(priority: Priority) -> i32 {
+    match priority {
         Priority::Background => 19,
         Priority::Normal => 0,
-    };
-    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return };
-    for task in tasks.flatten() {
-        let tid = task.file_name().to_str().and_then(|t| t.parse().ok()).and_then(Pid::from_raw);
-        if let Some(tid) = tid {
-            // A thread that ended meanwhile needs no priority.
-            let _ = setpriority_process(Some(tid), nice);
-        }
     }
 }

@@ -6,7 +6,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command as Process, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -250,10 +250,7 @@ impl FakeVmm {
     }
 
     pub fn cpu(&self) -> Cpu {
-        let stream = UnixStream::connect(&self.commands).unwrap();
-        // Long enough for any load; a guest that is never served fails the test here.
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        Cpu { reader: BufReader::new(stream.try_clone().unwrap()), stream }
+        connect(&self.commands)
     }
 }
 
@@ -261,6 +258,12 @@ impl Drop for FakeVmm {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// A new virtual CPU of the fake VMM that listens there.
+pub fn connect(commands: &Path) -> Cpu {
+    let stream = UnixStream::connect(commands).unwrap();
+    Cpu { reader: BufReader::new(stream.try_clone().unwrap()), stream }
 }
 
 /// A virtual CPU of a fake VMM.

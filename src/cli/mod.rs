@@ -6,6 +6,7 @@
 
 mod client;
 mod completions;
+mod cp;
 mod env;
 mod exec;
 mod fork;
@@ -95,6 +96,8 @@ enum Command {
     Exec(exec::ExecArgs),
     /// List sandboxes
     Ls(ls::LsArgs),
+    /// Copy files into a sandbox or out of it
+    Cp(cp::CpArgs),
     /// Put a sandbox to disk and free its memory
     Pause(transition::PauseArgs),
     /// Bring a paused sandbox back, with its processes
@@ -168,6 +171,7 @@ async fn talk(global: &Global, command: Command) -> anyhow::Result<ExitCode> {
         Command::Run(args) => run::run(&cx, args).await,
         Command::Exec(args) => exec::run(&cx, args).await,
         Command::Ls(args) => ls::run(&cx, args).await,
+        Command::Cp(args) => cp::run(&cx, args).await,
         Command::Pause(args) => transition::pause(&cx, args).await,
         Command::Resume(args) => transition::resume(&cx, args).await,
         Command::Fork(args) => fork::run(&cx, args).await,

@@ -19,7 +19,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-pub use body::{BoxBody, Frames, Next, counted, empty, full};
+pub use body::{BoxBody, Frames, Next, counted, empty, full, reason};
 pub use endpoint::{Endpoint, Stream};
 pub use error::{ClientError, Problem};
 pub use query::{encode, segment};

@@ -59,6 +59,11 @@ impl Client {
         &self.endpoint.url
     }
 
+    /// Value of the `Host` header.
+    pub fn authority(&self) -> &str {
+        &self.endpoint.authority
+    }
+
     /// A bare connection, for a protocol of its own.
     pub async fn connect(&self) -> Result<Box<dyn Stream>, ClientError> {
         self.endpoint.connect().await

@@ -4,7 +4,7 @@
 //! `-` is standard input or output.
 
 mod download;
-mod pack;
+pub mod pack;
 mod place;
 mod unpack;
 mod upload;

@@ -50,6 +50,24 @@ pub fn pack(
     (stream, thread)
 }
 
+/// A time for archives that are to be the same whenever the same files are packed: a fresh checkout
+/// of the same sources must not look like a change.
+const FIXED_TIME: u64 = 1;
+
+/// What is in a folder, as an archive in memory that depends on names, modes and contents alone.
+pub fn folder_archive(dir: &Path) -> Result<Vec<u8>, PackError> {
+    let mut packer = Packer { archive: tar::Builder::new(Vec::new()), modified: Some(FIXED_TIME) };
+    packer.add_folder(dir, Path::new(""))?;
+    packer.finish()
+}
+
+/// As [`folder_archive`], of one file under another name.
+pub fn file_archive(file: &Path, name: &Path) -> Result<Vec<u8>, PackError> {
+    let mut packer = Packer { archive: tar::Builder::new(Vec::new()), modified: Some(FIXED_TIME) };
+    packer.add_file(file, name)?;
+    packer.finish()
+}
+
 struct Pipe(mpsc::Sender<io::Result<Bytes>>);
 
 impl Write for Pipe {
@@ -65,71 +83,86 @@ impl Write for Pipe {
 }
 
 fn write_archive(dir: &Path, out: impl Write) -> Result<(), PackError> {
-    let mut archive = tar::Builder::new(BufWriter::with_capacity(PIECE, out));
-    add_folder(&mut archive, dir, Path::new(""))?;
-    let mut out = archive.into_inner().map_err(PackError::NotTaken)?;
-    out.flush().map_err(PackError::NotTaken)
+    let out = BufWriter::with_capacity(PIECE, out);
+    let mut packer = Packer { archive: tar::Builder::new(out), modified: None };
+    packer.add_folder(dir, Path::new(""))?;
+    packer.finish()?.flush().map_err(PackError::NotTaken)
 }
 
-fn add_folder<W: Write>(
-    archive: &mut tar::Builder<W>,
-    dir: &Path,
-    name: &Path,
-) -> Result<(), PackError> {
-    let read = |source| PackError::Read { path: dir.to_owned(), source };
-    let mut entries =
-        fs::read_dir(dir).and_then(Iterator::collect::<io::Result<Vec<_>>>).map_err(read)?;
-    // The same folder gives the same archive.
-    entries.sort_by_key(fs::DirEntry::file_name);
-    for entry in entries {
-        let (path, name) = (entry.path(), name.join(entry.file_name()));
-        let read = |source| PackError::Read { path: path.clone(), source };
-        let meta = fs::symlink_metadata(&path).map_err(read)?;
-        let kind = meta.file_type();
-        if kind.is_dir() {
-            let mut header = header(&meta, tar::EntryType::Directory, 0);
-            archive.append_data(&mut header, &name, io::empty()).map_err(PackError::NotTaken)?;
-            add_folder(archive, &path, &name)?;
-        } else if kind.is_symlink() {
-            let target = fs::read_link(&path).map_err(read)?;
-            let mut header = header(&meta, tar::EntryType::Symlink, 0);
-            archive.append_link(&mut header, &name, target).map_err(PackError::NotTaken)?;
-        } else if kind.is_file() {
-            add_file(archive, &path, &name)?;
-        } else {
-            output::note(&format!("{}: not copied, it is no file, folder or link", path.display()));
+/// An archive being written.
+struct Packer<W: Write> {
+    archive: tar::Builder<W>,
+    /// One time for all entries, in place of their own.
+    modified: Option<u64>,
+}
+
+impl<W: Write> Packer<W> {
+    fn add_folder(&mut self, dir: &Path, name: &Path) -> Result<(), PackError> {
+        let read = |source| PackError::Read { path: dir.to_owned(), source };
+        let mut entries =
+            fs::read_dir(dir).and_then(Iterator::collect::<io::Result<Vec<_>>>).map_err(read)?;
+        // The same folder gives the same archive.
+        entries.sort_by_key(fs::DirEntry::file_name);
+        for entry in entries {
+            let (path, name) = (entry.path(), name.join(entry.file_name()));
+            let read = |source| PackError::Read { path: path.clone(), source };
+            let meta = fs::symlink_metadata(&path).map_err(read)?;
+            let kind = meta.file_type();
+            if kind.is_dir() {
+                let mut header = self.header(&meta, tar::EntryType::Directory, 0);
+                self.archive
+                    .append_data(&mut header, &name, io::empty())
+                    .map_err(PackError::NotTaken)?;
+                self.add_folder(&path, &name)?;
+            } else if kind.is_symlink() {
+                let target = fs::read_link(&path).map_err(read)?;
+                let mut header = self.header(&meta, tar::EntryType::Symlink, 0);
+                self.archive
+                    .append_link(&mut header, &name, target)
+                    .map_err(PackError::NotTaken)?;
+            } else if kind.is_file() {
+                self.add_file(&path, &name)?;
+            } else {
+                output::note(&format!(
+                    "{}: not copied, it is no file, folder or link",
+                    path.display()
+                ));
+            }
         }
+        Ok(())
     }
-    Ok(())
-}
 
-fn add_file<W: Write>(
-    archive: &mut tar::Builder<W>,
-    path: &Path,
-    name: &Path,
-) -> Result<(), PackError> {
-    let read = |source| PackError::Read { path: path.to_owned(), source };
-    let file = File::open(path).map_err(read)?;
-    let meta = file.metadata().map_err(read)?;
-    let mut contents = Counted { inner: file.take(meta.len()), count: 0, error: None };
-    let mut header = header(&meta, tar::EntryType::Regular, meta.len());
-    let added = archive.append_data(&mut header, name, &mut contents);
-    if let Some(source) = contents.error {
-        return Err(PackError::Read { path: path.to_owned(), source });
+    fn add_file(&mut self, path: &Path, name: &Path) -> Result<(), PackError> {
+        let read = |source| PackError::Read { path: path.to_owned(), source };
+        let file = File::open(path).map_err(read)?;
+        let meta = file.metadata().map_err(read)?;
+        let mut contents = Counted { inner: file.take(meta.len()), count: 0, error: None };
+        let mut header = self.header(&meta, tar::EntryType::Regular, meta.len());
+        let added = self.archive.append_data(&mut header, name, &mut contents);
+        if let Some(source) = contents.error {
+            return Err(PackError::Read { path: path.to_owned(), source });
+        }
+        added.map_err(PackError::NotTaken)?;
+        if contents.count == meta.len() { Ok(()) } else { Err(PackError::Changed(path.to_owned())) }
     }
-    added.map_err(PackError::NotTaken)?;
-    if contents.count == meta.len() { Ok(()) } else { Err(PackError::Changed(path.to_owned())) }
-}
 
-fn header(meta: &Metadata, kind: tar::EntryType, size: u64) -> tar::Header {
-    let mut header = tar::Header::new_gnu();
-    header.set_metadata(meta);
-    // This host's users mean nothing in a sandbox.
-    header.set_uid(0);
-    header.set_gid(0);
-    header.set_entry_type(kind);
-    header.set_size(size);
-    header
+    fn header(&self, meta: &Metadata, kind: tar::EntryType, size: u64) -> tar::Header {
+        let mut header = tar::Header::new_gnu();
+        header.set_metadata(meta);
+        // This host's users mean nothing in a sandbox.
+        header.set_uid(0);
+        header.set_gid(0);
+        if let Some(modified) = self.modified {
+            header.set_mtime(modified);
+        }
+        header.set_entry_type(kind);
+        header.set_size(size);
+        header
+    }
+
+    fn finish(self) -> Result<W, PackError> {
+        self.archive.into_inner().map_err(PackError::NotTaken)
+    }
 }
 
 /// Knows how much was read, and keeps a read error apart from a write error.
@@ -180,6 +213,22 @@ mod tests {
         let tool = fs::metadata(out.path().join("tool")).unwrap();
         assert_eq!((tool.len(), tool.permissions().mode() & 0o777), (3 * PIECE as u64, 0o750));
         assert_eq!(fs::read_link(out.path().join("link")).unwrap(), Path::new("tool"));
+    }
+
+    #[test]
+    fn a_fresh_checkout_is_no_change() {
+        let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        for (dir, age) in dirs.iter().zip([0, 1000]) {
+            fs::create_dir(dir.path().join("sub")).unwrap();
+            let path = dir.path().join("sub/file");
+            fs::write(&path, "x").unwrap();
+            let then = std::time::SystemTime::now() - std::time::Duration::from_secs(age);
+            File::open(&path).unwrap().set_modified(then).unwrap();
+        }
+        let [one, two] = dirs.each_ref().map(|dir| folder_archive(dir.path()).unwrap());
+        assert_eq!(one, two);
+        fs::write(dirs[1].path().join("sub/file"), "y").unwrap();
+        assert_ne!(one, folder_archive(dirs[1].path()).unwrap());
     }
 
     #[tokio::test]

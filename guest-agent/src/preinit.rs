@@ -101,7 +101,6 @@ fn boot() -> Result<Infallible, PreinitError> {
 
 fn mount_api_filesystems() -> Result<(), PreinitError> {
     let safe = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
-    // The kernel may have mounted devtmpfs already; a second one on top is the same one.
     for (kind, target, flags, options) in [
         ("devtmpfs", "/dev", MsFlags::MS_NOSUID, "mode=755"),
         ("proc", "/proc", safe | MsFlags::MS_NODEV, ""),
@@ -110,7 +109,11 @@ fn mount_api_filesystems() -> Result<(), PreinitError> {
     ] {
         // An initramfs has none of the directories; a read-only root has them all.
         let _ = fs::create_dir(target);
-        mount_at(kind, Path::new(target), Some(kind), flags, options)?;
+        match mount_at(kind, Path::new(target), Some(kind), flags, options) {
+            // On a root of its own choice the kernel has mounted devtmpfs already.
+            Err(PreinitError::Mount { source: Errno::EBUSY, .. }) if kind == "devtmpfs" => {}
+            result => result?,
+        }
     }
     Ok(())
 }

@@ -74,9 +74,7 @@ impl Workload {
     /// # Errors
     /// The write failed.
     pub fn thaw(&self) -> io::Result<()> {
-        let slice = self.slice()?;
-        fs::create_dir_all(slice.join(COMMANDS))?;
-        fs::write(slice.join("cgroup.freeze"), "0")
+        fs::write(self.slice()?.join("cgroup.freeze"), "0")
     }
 
     /// What the kernel says: whether all processes of the workload are stopped.

@@ -52,6 +52,7 @@ pub async fn apply(
     check(agent, &request)?;
     let wanted_network = network::Wanted::parse(&request).map_err(invalid)?;
     let host = HostTime::new(request.wall_clock_unix_nanos, received)?;
+    std::fs::create_dir_all(agent.path("/run/rethaw"))?;
     // Until every item is proven the machine counts as failed, whatever interrupts this.
     agent.set_state(AgentState::IdentityFailed);
     let context = Context { agent, request: &request, host };
@@ -59,7 +60,7 @@ pub async fn apply(
     run.item(entropy::Entropy::default(), &context).await;
     run.item(clock::Clock, &context).await;
     run.item(network::Network::new(wanted_network), &context).await;
-    run.item(sockets::Sockets, &context).await;
+    run.item(sockets::Sockets::find(), &context).await;
     run.item(hostname::Hostname, &context).await;
     run.item(machine_id::MachineId, &context).await;
     run.item(boot_id::BootId, &context).await;
@@ -76,6 +77,20 @@ pub async fn apply(
         agent.set_state(AgentState::Live);
     }
     Ok(IdentityReport { generation: request.generation, items, total_micros: received.micros() })
+}
+
+/// Does at the making of a template what would be slow in each of its clones: files are brought to
+/// the writable layer, the boot id is mounted over, the NIC is up.
+///
+/// # Errors
+/// What could not be done.
+pub fn prepare(agent: &Agent) -> Result<(), ApiError> {
+    for path in ["/etc/hostname", "/etc/hosts", "/etc/machine-id", "/etc/resolv.conf"] {
+        write::prepare(&agent.path(path)).map_err(|e| ApiError::from_io(&e, path))?;
+    }
+    machine_id::prepare(agent).map_err(|e| ApiError::internal(e.to_string()))?;
+    boot_id::prepare(agent).map_err(|e| ApiError::internal(format!("boot_id: {e}")))?;
+    network::prepare().map_err(|e| ApiError::internal(format!("network: {e}")))
 }
 
 fn is_hex(text: &str) -> bool {

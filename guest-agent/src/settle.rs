@@ -49,6 +49,7 @@ pub async fn settle(agent: &Agent, request: &SettleRequest) -> Result<SettleRepo
             vacuum(&agent.path(path), &mut removed);
         }
     }
+    crate::identity::prepare(agent).map_err(|e| thawed(agent, e))?;
     token::drop(agent).map_err(|e| thawed(agent, ApiError::from_io(&e, token::PATH)))?;
     agent.env.borrow_mut().clear();
     agent.generation.borrow_mut().take();

@@ -2,8 +2,12 @@
 //! kernel hands to fresh mounts of /proc stays the template's.
 
 use super::proof::{Context, Item, ItemError, Reading};
+use super::write;
+use crate::agent::Agent;
 use nix::mount::{MsFlags, mount};
 use std::fs;
+use std::io;
+use std::path::Path;
 
 const KERNEL: &str = "/proc/sys/kernel/random/boot_id";
 const OURS: &str = "/run/rethaw/boot_id";
@@ -23,22 +27,36 @@ impl Item for BootId {
     }
 
     async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
+        let wanted = &context.request.boot_id;
         let ours = context.agent.path(OURS);
-        let dir = context.agent.path("/run/rethaw");
-        fs::create_dir_all(dir).map_err(ItemError::io("make /run/rethaw"))?;
-        // Written in place: the file may be mounted already, from before or from an identity that
-        // this machine's original was given.
-        let contents = format!("{}\n", context.request.boot_id);
-        fs::write(&ours, contents).map_err(ItemError::io("write our boot_id"))?;
-        if self.read(context)?.value == context.request.boot_id {
-            return Ok(());
+        write::update(&ours, &format!("{wanted}\n"), 0o444)?;
+        // Usually the file is mounted already: from settling, or from an earlier identity.
+        if self.read(context)?.value != *wanted {
+            mount_over(&ours).map_err(ItemError::io("mount our boot_id"))?;
         }
-        let none = None::<&str>;
-        mount(Some(&ours), KERNEL, none, MsFlags::MS_BIND, none)
-            .map_err(|e| ItemError::io("mount our boot_id")(e.into()))
+        Ok(())
     }
 
     fn check(&self, context: &Context<'_>, _: &Reading, new: &Reading) -> Result<(), ItemError> {
         ItemError::compare(&context.request.boot_id, &new.value)
     }
+}
+
+fn mount_over(ours: &Path) -> io::Result<()> {
+    let none = None::<&str>;
+    Ok(mount(Some(ours), KERNEL, none, MsFlags::MS_BIND, none)?)
+}
+
+/// Mounts a copy of the kernel's boot id over it, so that a restore only has to write a file.
+///
+/// # Errors
+/// Not permitted.
+pub fn prepare(agent: &Agent) -> io::Result<()> {
+    let ours = agent.path(OURS);
+    if ours.exists() {
+        return Ok(());
+    }
+    fs::create_dir_all(agent.path("/run/rethaw"))?;
+    fs::copy(KERNEL, &ours)?;
+    mount_over(&ours)
 }

@@ -2,9 +2,7 @@
 
 use super::proof::{Context, Item, ItemError, Reading};
 use super::write;
-use std::fs;
 
-const DIR: &str = "/run/rethaw";
 const GENERATION: &str = "/run/rethaw/generation";
 
 /// The item.
@@ -22,9 +20,8 @@ impl Item for Generation {
     }
 
     async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
-        fs::create_dir_all(context.agent.path(DIR)).map_err(ItemError::io("make /run/rethaw"))?;
         let contents = format!("{}\n", context.request.generation);
-        write::replace(&context.agent.path(GENERATION), &contents, 0o644)
+        write::update(&context.agent.path(GENERATION), &contents, 0o644)
     }
 
     fn check(&self, context: &Context<'_>, _: &Reading, new: &Reading) -> Result<(), ItemError> {

@@ -50,9 +50,9 @@ impl Item for Hostname {
     async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
         let name = &context.request.hostname;
         nix::unistd::sethostname(name).map_err(|e| ItemError::io("sethostname")(e.into()))?;
-        write::replace(&context.agent.path(HOSTNAME), &format!("{name}\n"), 0o644)?;
+        write::update(&context.agent.path(HOSTNAME), &format!("{name}\n"), 0o644)?;
         let path = context.agent.path(HOSTS);
-        write::replace(&path, &hosts(&write::read(&path)?, name), 0o644)
+        write::update(&path, &hosts(&write::read(&path)?, name), 0o644)
     }
 
     fn check(&self, context: &Context<'_>, _: &Reading, new: &Reading) -> Result<(), ItemError> {

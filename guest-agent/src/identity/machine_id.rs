@@ -3,6 +3,7 @@
 
 use super::proof::{Context, Item, ItemError, Reading};
 use super::write;
+use crate::agent::Agent;
 use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
@@ -33,19 +34,26 @@ impl Item for MachineId {
 
     async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
         let contents = format!("{}\n", context.request.machine_id);
-        write::replace(&context.agent.path(MACHINE_ID), &contents, 0o444)?;
-        let dbus = context.agent.path(DBUS);
-        let is_file = fs::symlink_metadata(&dbus).is_ok_and(|m| m.is_file());
-        if is_file {
-            let io = |what: &str| ItemError::io(format!("{what} {}", dbus.display()));
-            fs::remove_file(&dbus).map_err(io("remove"))?;
-            symlink(MACHINE_ID, &dbus).map_err(io("link"))?;
-        }
-        Ok(())
+        write::update(&context.agent.path(MACHINE_ID), &contents, 0o444)?;
+        prepare(context.agent)
     }
 
     fn check(&self, context: &Context<'_>, _: &Reading, new: &Reading) -> Result<(), ItemError> {
         let id = &context.request.machine_id;
         ItemError::compare(&format!("{id}\n{id}"), &new.value)
     }
+}
+
+/// Makes D-Bus's id, where it is a file of its own, a link.
+///
+/// # Errors
+/// The file system refuses.
+pub fn prepare(agent: &Agent) -> Result<(), ItemError> {
+    let dbus = agent.path(DBUS);
+    if fs::symlink_metadata(&dbus).is_ok_and(|m| m.is_file()) {
+        let io = |what: &str| ItemError::io(format!("{what} {}", dbus.display()));
+        fs::remove_file(&dbus).map_err(io("remove"))?;
+        symlink(MACHINE_ID, &dbus).map_err(io("link"))?;
+    }
+    Ok(())
 }

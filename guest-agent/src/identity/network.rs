@@ -1,5 +1,7 @@
-//! The NIC: hardware address, addresses, routes, name servers. Taking the link down empties the
-//! neighbour table and the routes; what is left of the template's addresses is removed one by one.
+//! The NIC: hardware address, addresses, routes, name servers.
+//!
+//! The link stays up, because taking it down makes the kernel wait for every processor: with the
+//! last address of a kind its routes go, and a new hardware address empties the neighbour table.
 
 use super::proof::{Context, Item, ItemError, Reading};
 use super::write;
@@ -62,6 +64,9 @@ impl Wanted {
         if let Some(mac) = &request.mac {
             let mac = parse_mac(mac).ok_or_else(|| format!("mac {mac:?} is no station's"))?;
             wanted.mac = Some(mac);
+            if request.ipv6.is_some() {
+                wanted.addresses.push(link_local(mac));
+            }
         }
         let v4 = request.ipv4.as_ref().map(|c| (&c.cidr, &c.gateway, true));
         let v6 = request.ipv6.as_ref().map(|c| (&c.cidr, &c.gateway, false));
@@ -131,14 +136,38 @@ fn link(netlink: &mut Netlink, name: &str) -> io::Result<(u32, bool, Vec<u8>)> {
     Ok((index, flags & libc::IFF_UP as u32 != 0, mac))
 }
 
-/// The link's addresses that are not made by the kernel itself, as messages.
+/// All of the link's addresses, as messages.
 fn addresses(netlink: &mut Netlink, index: u32) -> io::Result<Vec<Message>> {
     let dump = Request::new(libc::RTM_GETADDR, libc::NLM_F_DUMP).payload(&[0; IFADDR]);
     let mut messages = netlink.ask(dump)?;
-    messages.retain(|m| {
-        u32_at(&m.body, 4) == Some(index) && m.body.get(3) != Some(&libc::RT_SCOPE_LINK)
-    });
+    messages.retain(|m| u32_at(&m.body, 4) == Some(index));
     Ok(messages)
+}
+
+/// The address IPv6 needs on every link, made from the hardware address.
+fn link_local(mac: [u8; 6]) -> (IpAddr, u8) {
+    let [a, b, c, d, e, f] = mac;
+    let bytes = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f];
+    (Ipv6Addr::from(bytes).into(), 64)
+}
+
+fn raise(netlink: &mut Netlink, index: u32) -> io::Result<()> {
+    let body = ifinfo(index, libc::IFF_UP, libc::IFF_UP);
+    netlink.change(Request::new(libc::RTM_NEWLINK, 0).payload(&body))
+}
+
+/// Brings the NIC of a template up, so that its clones need not. A template without one is fine.
+///
+/// # Errors
+/// There is one that does not come up.
+pub fn prepare() -> io::Result<()> {
+    let mut netlink = Netlink::open(SockProtocol::NetlinkRoute)?;
+    match link(&mut netlink, DEFAULT_INTERFACE) {
+        Ok((index, false, _)) => raise(&mut netlink, index),
+        Ok(_) => Ok(()),
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 fn address_and_prefix(message: &Message) -> Option<(IpAddr, u8)> {
@@ -153,7 +182,9 @@ fn change_address(netlink: &mut Netlink, index: u32, address: (IpAddr, u8)) -> i
     let (address, prefix) = address;
     // The address is the host's choice and unique: nothing has to be probed for.
     let flags = if address.is_ipv6() { IFA_F_NODAD } else { 0 };
-    let mut body = vec![family(address), prefix, flags, libc::RT_SCOPE_UNIVERSE];
+    let local = matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local());
+    let scope = if local { libc::RT_SCOPE_LINK } else { libc::RT_SCOPE_UNIVERSE };
+    let mut body = vec![family(address), prefix, flags, scope];
     body.extend(index.to_ne_bytes());
     let bytes = octets(address);
     let create = libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
@@ -219,10 +250,7 @@ impl Network {
         };
         let mut netlink =
             Netlink::open(SockProtocol::NetlinkRoute).map_err(at("open netlink for"))?;
-        let (index, _, _) = link(&mut netlink, &self.wanted.interface).map_err(at("find"))?;
-        let up = libc::IFF_UP;
-        let down = Request::new(libc::RTM_NEWLINK, 0).payload(&ifinfo(index, 0, up));
-        netlink.change(down).map_err(at("take down"))?;
+        let (index, up, _) = link(&mut netlink, &self.wanted.interface).map_err(at("find"))?;
         for message in addresses(&mut netlink, index).map_err(at("list addresses of"))? {
             let delete = Request::new(libc::RTM_DELADDR, 0).payload(&message.body);
             netlink.change(delete).map_err(at("remove an address of"))?;
@@ -233,8 +261,9 @@ impl Network {
                 .attribute(libc::IFLA_ADDRESS, mac);
             netlink.change(set).map_err(at("set the hardware address of"))?;
         }
-        let raise = Request::new(libc::RTM_NEWLINK, 0).payload(&ifinfo(index, up, up));
-        netlink.change(raise).map_err(at("bring up"))?;
+        if !up {
+            raise(&mut netlink, index).map_err(at("bring up"))?;
+        }
         for address in &self.wanted.addresses {
             change_address(&mut netlink, index, *address).map_err(at("add an address to"))?;
         }
@@ -279,7 +308,7 @@ impl Item for Network {
     async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
         self.set().map_err(|(what, source)| ItemError::Io { what, source })?;
         match &self.wanted.resolv_conf {
-            Some(text) => write::replace(&context.agent.path(RESOLV_CONF), text, 0o644),
+            Some(text) => write::update(&context.agent.path(RESOLV_CONF), text, 0o644),
             None => Ok(()),
         }
     }

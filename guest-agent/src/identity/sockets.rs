@@ -13,9 +13,18 @@ const REQUEST: usize = 56;
 /// Every state but LISTEN (10), TIME_WAIT (6) and NEW_SYN_RECV (12).
 const CONNECTED: u32 = 0xfff & !(1 << 10) & !(1 << 6);
 
-/// The item.
+/// The item, with the connections as they were found.
 #[derive(Debug)]
-pub struct Sockets;
+pub struct Sockets {
+    found: io::Result<Vec<Message>>,
+}
+
+impl Sockets {
+    /// Looks for connections.
+    pub fn find() -> Self {
+        Self { found: open().and_then(|mut netlink| connections(&mut netlink)) }
+    }
+}
 
 fn request(family: u8, states: u32, id: &[u8]) -> [u8; REQUEST] {
     let mut body = [0; REQUEST];
@@ -67,23 +76,23 @@ impl Item for Sockets {
     }
 
     fn not_applicable(&self, _: &Context<'_>) -> Option<String> {
-        let error = open().and_then(|mut netlink| connections(&mut netlink)).err()?;
+        let error = self.found.as_ref().err()?;
         Some(format!("the kernel does not list sockets: {error}"))
     }
 
     fn read(&self, _: &Context<'_>) -> Result<Reading, ItemError> {
         let list = open().and_then(|mut netlink| connections(&mut netlink));
         let list = list.map_err(ItemError::io("list sockets"))?;
-        let mut reading =
-            Reading::of(list.iter().filter_map(id).map(hex::encode).collect::<String>());
+        let ids = list.iter().filter_map(id).map(hex::encode);
+        let mut reading = Reading::of(ids.collect::<String>());
         reading.details.insert("connections".to_owned(), list.len().to_string());
         Ok(reading)
     }
 
     async fn apply(&mut self, _: &Context<'_>) -> Result<(), ItemError> {
+        let Ok(found) = &self.found else { return Ok(()) };
         let mut netlink = open().map_err(ItemError::io("open sock_diag"))?;
-        let list = connections(&mut netlink).map_err(ItemError::io("list sockets"))?;
-        for message in &list {
+        for message in found {
             let id = id(message).unwrap_or_default();
             let body = request(message.body[0], CONNECTED, id);
             match netlink.change(Request::new(SOCK_DESTROY, 0).payload(&body)) {

@@ -2,7 +2,7 @@
 
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use async_trait::async_trait;
 use uffd_handler::handshake::{self, Expect};
@@ -25,7 +25,6 @@ pub(super) struct FirecrackerShell {
     plan: MemoryPlan,
     limits: Limits,
     track_dirty_pages: bool,
-    spawn_time: Duration,
 }
 
 /// Starts the process that will load `spec`.
@@ -33,7 +32,6 @@ pub(super) async fn prepare(
     driver: &Firecracker,
     spec: &RestoreSpec,
 ) -> Result<FirecrackerShell, VmmError> {
-    let started = Instant::now();
     let spawn = SpawnSpec {
         id: &spec.id,
         run_dir: &spec.run_dir,
@@ -67,7 +65,6 @@ pub(super) async fn prepare(
         plan: spec.memory.clone(),
         limits: driver.config.limits,
         track_dirty_pages: driver.config.track_dirty_pages,
-        spawn_time: started.elapsed(),
     })
 }
 
@@ -78,7 +75,7 @@ impl Shell for FirecrackerShell {
     }
 
     async fn load(self: Box<Self>) -> Result<(Box<dyn Vm>, Phases), VmmError> {
-        let mut phases = vec![("spawn", self.spawn_time)];
+        let mut phases = self.vm.spawned().phases.clone();
         let started = Instant::now();
         let record = self.vm.record();
         let Spawned { process, api, home, .. } = self.vm.spawned();

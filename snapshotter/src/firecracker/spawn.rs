@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use tokio::io::unix::AsyncFd;
@@ -14,7 +14,7 @@ use super::api::{ApiClient, ApiError};
 use super::home::{self, Access, Home, Jail, file_error};
 use super::{COMMAND_DEADLINE, Firecracker, START_DEADLINE, VMM, tap};
 use crate::process::{ExitReason, Process, ProcessError};
-use crate::vmm::{MachineSize, Nic, VmmError};
+use crate::vmm::{MachineSize, Nic, Phases, VmmError};
 
 /// What a VM's standard output, which is the guest's serial port, becomes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +46,8 @@ pub(super) struct Spawned {
     pub(super) home: Arc<Home>,
     /// The tap to be named in API calls.
     pub(super) tap: String,
+    /// How long each step took.
+    pub(super) phases: Phases,
 }
 
 /// Where the VM's network is, as far as starting its process matters.
@@ -94,16 +96,26 @@ impl Firecracker {
         spec: &SpawnSpec<'_>,
         fill: impl FnOnce(&Home) -> Result<(), VmmError>,
     ) -> Result<Spawned, VmmError> {
+        let mut phases = Phases::new();
+        let mut since = Instant::now();
+        let mut done = |phase| {
+            let now = Instant::now();
+            phases.push((phase, now - std::mem::replace(&mut since, now)));
+        };
         let home = self.home(spec.id, spec.run_dir)?;
         home.create()?;
         home.put(spec.root_disk, home::ROOT_DISK, Access::ReadOnly)?;
         home.put(spec.scratch_disk, home::SCRATCH_DISK, Access::Writable)?;
         fill(&home)?;
+        done("home");
         let (network, tap) = network(spec, home.uid())?;
+        done("network");
         let watch = watch(home.root()).map_err(file_error("cannot watch", home.root()))?;
         let process = self.start(spec, &home, &network)?;
         let api = ApiClient::new(home.path(home::API), self.identity.version);
-        let spawned = Spawned { process, api, home: Arc::new(home), tap };
+        done("start");
+        let mut spawned =
+            Spawned { process, api, home: Arc::new(home), tap, phases: Phases::new() };
         let answered = tokio::time::timeout(START_DEADLINE, answering(&spawned.api, &watch));
         tokio::select! {
             biased;
@@ -120,6 +132,12 @@ impl Firecracker {
                 return Err(died(spec.id, spec.run_dir, &spawned.home, reason));
             }
         }
+        // Closing an inotify descriptor waits for all readers in the kernel, ten milliseconds or more,
+        // which nobody else has to.
+        let watch = watch.into_inner();
+        drop(tokio::task::spawn_blocking(move || drop(watch)));
+        done("api");
+        spawned.phases = phases;
         Ok(spawned)
     }
 

@@ -142,7 +142,13 @@ pub(super) async fn adopt(
     let pager = (record.backend == MemoryBackend::Uffd).then(|| Arc::clone(&driver.pager));
     Ok(FirecrackerVm {
         record: record.clone(),
-        spawned: Spawned { process, api, home: Arc::new(home), tap: String::new() },
+        spawned: Spawned {
+            process,
+            api,
+            home: Arc::new(home),
+            tap: String::new(),
+            phases: Vec::new(),
+        },
         origin: if booted { Origin::Booted } else { Origin::Restored },
         can_diff: driver.can_diff(),
         pager,

@@ -91,6 +91,11 @@ enum Command {
     /// Run the service
     Serve(serve::ServeArgs),
     /// Say what works on this host, and why the rest does not
+    #[command(after_help = "Examples:
+  rethaw doctor
+  rethaw doctor --json
+
+Exit code 1 when the service could not run here.")]
     Doctor,
     /// Run a command in a sandbox of its own
     Run(run::RunArgs),
@@ -117,6 +122,9 @@ enum Command {
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
     /// Print the version of this program and of the service
+    #[command(after_help = "Examples:
+  rethaw version
+  rethaw version --json")]
     Version,
 }
 
@@ -219,10 +227,12 @@ mod tests {
     }
 
     #[test]
-    fn every_subcommand_says_what_it_is_for() {
+    fn every_subcommand_says_what_it_is_for_and_shows_it() {
         for command in Cli::command().get_subcommands() {
             let about = command.get_about().map(ToString::to_string).unwrap_or_default();
             assert!(!about.is_empty(), "{}", command.get_name());
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.starts_with("Examples:\n  "), "{}", command.get_name());
         }
     }
 

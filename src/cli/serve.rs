@@ -69,6 +69,13 @@ impl From<FlavorChoice> for Flavor {
 
 /// Flags of `rethaw serve`. A flag left out is looked for in the file, then takes its default.
 #[derive(Debug, Default, Args)]
+#[command(after_help = "Examples:
+  rethaw serve
+  rethaw serve --listen 127.0.0.1:8080 --home ~/rethaw --pool-target 8
+  rethaw serve --config /etc/rethaw.toml
+
+The first start makes the template `base`, which takes some minutes; /readyz says how far it is.
+A flag wins over the environment, that over the file. Related: doctor, template, pool.")]
 pub struct ServeArgs {
     /// Address of the API [default: 127.0.0.1:7070]
     #[arg(long, env = "RETHAW_LISTEN", value_name = "ADDR")]

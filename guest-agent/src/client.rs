@@ -202,7 +202,8 @@ impl AgentClient {
             if !status.is_success() {
                 return Err(AgentError::refused(status, &bytes));
             }
-            serde_json::from_slice(&bytes)
+            // An empty answer (204) is what a call for `()` gets.
+            serde_json::from_slice(if bytes.is_empty() { b"null" } else { &bytes })
                 .map_err(|e| AgentError::Protocol(format!("answer of {path}: {e}")))
         };
         tokio::time::timeout(deadline, work)

@@ -2,6 +2,7 @@
 //! answer is one frame per line. A command dies with the request that started it, unless it was
 //! started in the background.
 
+pub mod control;
 mod input;
 mod plan;
 mod process;

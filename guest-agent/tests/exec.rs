@@ -6,7 +6,11 @@ mod common;
 
 use common::{SOON, with_agent};
 use guest_agent::client::{AgentClient, AgentError, ExecStream};
-use guest_agent::wire::{Base64, ExecExit, ExecFrame, ExecInput, ExecRequest, PtySize};
+use guest_agent::wire::{
+    Base64, ExecExit, ExecFrame, ExecInput, ExecRequest, ProcessList, PtySize, SignalRequest,
+    StdinRequest,
+};
+use hyper::http::Method;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -261,5 +265,74 @@ fn no_process_is_left_unreaped() {
         }
         let health = client.health(SOON).await.unwrap();
         assert_eq!(health.processes, 0);
+    });
+}
+
+#[test]
+fn commands_are_found_fed_and_joined_later() {
+    with_agent(Path::new("/"), |client| async move {
+        let request = ExecRequest {
+            background: true,
+            stdin_open: true,
+            tag: Some("echoer".into()),
+            ..sh("while read line; do echo got $line; done; echo end")
+        };
+        let mut first = client.exec(&request, SOON).await.unwrap();
+        let Some(ExecFrame::Started(started)) = first.next_frame().await.unwrap() else {
+            panic!("no start");
+        };
+        drop(first);
+        let list: ProcessList =
+            client.call(Method::GET, "/processes", None::<&()>, SOON).await.unwrap();
+        assert_eq!(list.items.len(), 1);
+        assert_eq!(
+            (list.items[0].pid, list.items[0].tag.as_deref()),
+            (started.pid, Some("echoer"))
+        );
+        let at = |action: &str| format!("/processes/{}/{action}", started.pid);
+        let stdin = |text: &str| StdinRequest { stdin: Base64(text.as_bytes().to_vec()) };
+        let body = stdin("one\n");
+        client.call::<_, ()>(Method::POST, &at("stdin"), Some(&body), SOON).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+
+        // Joining later shows what was missed.
+        let joined = client.attach(started.pid, SOON).await.unwrap();
+        let body = stdin("two\n");
+        client.call::<_, ()>(Method::POST, &at("stdin"), Some(&body), SOON).await.unwrap();
+        client.call::<_, ()>(Method::POST, &at("stdin/close"), None::<&()>, SOON).await.unwrap();
+        let (out, _, exit) = finish(joined).await;
+        assert_eq!((out.as_slice(), exit.code), (&b"got one\ngot two\nend\n"[..], 0));
+
+        let gone = client.attach(started.pid, SOON).await;
+        assert!(format!("{gone:?}").contains("process_not_found"), "{gone:?}");
+        let nothing = client.call::<_, ()>(Method::POST, "/processes/x/y", None::<&()>, SOON).await;
+        assert!(format!("{nothing:?}").contains("not_found"), "{nothing:?}");
+    });
+}
+
+#[test]
+fn signals_and_sizes_from_outside() {
+    with_agent(Path::new("/"), |client| async move {
+        let request = ExecRequest { background: true, ..sh("sleep 100") };
+        let mut stream = client.exec(&request, SOON).await.unwrap();
+        let Some(ExecFrame::Started(started)) = stream.next_frame().await.unwrap() else {
+            panic!("no start");
+        };
+        let at = |action: &str| format!("/processes/{}/{action}", started.pid);
+        let size = PtySize { cols: 1, rows: 1 };
+        let no_terminal =
+            client.call::<_, ()>(Method::POST, &at("resize"), Some(&size), SOON).await;
+        assert!(format!("{no_terminal:?}").contains("wrong_state"), "{no_terminal:?}");
+        let unknown = SignalRequest { signal: "SIGNOPE".into() };
+        let unknown = client.call::<_, ()>(Method::POST, &at("signal"), Some(&unknown), SOON).await;
+        assert!(format!("{unknown:?}").contains("invalid_command"), "{unknown:?}");
+        let signal = SignalRequest { signal: "SIGTERM".into() };
+        client.call::<_, ()>(Method::POST, &at("signal"), Some(&signal), SOON).await.unwrap();
+        let exit = loop {
+            if let Some(ExecFrame::Exit(exit)) = stream.next_frame().await.unwrap() {
+                break exit;
+            }
+        };
+        assert_eq!((exit.code, exit.signal.as_deref()), (143, Some("SIGTERM")));
     });
 }

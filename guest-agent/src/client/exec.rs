@@ -21,6 +21,7 @@ pub struct ExecStream {
     body: Incoming,
     buffer: BytesMut,
     scanned: usize,
+    finished: bool,
     input: ExecSender,
 }
 
@@ -108,7 +109,7 @@ impl AgentClient {
                 return Err(AgentError::refused(status, &collect(answer.into_body()).await?));
             }
             let body = answer.into_body();
-            Ok(ExecStream { body, buffer: BytesMut::new(), scanned: 0, input })
+            Ok(ExecStream { body, buffer: BytesMut::new(), scanned: 0, finished: false, input })
         };
         tokio::time::timeout(deadline, work)
             .await
@@ -128,10 +129,17 @@ impl ExecStream {
     /// `Disconnected` when the stream ends without a terminal frame, `Protocol` on a bad line.
     pub async fn next_frame(&mut self) -> Result<Option<ExecFrame>, AgentError> {
         match self.next_line().await? {
-            Some(line) => serde_json::from_slice(&line)
-                .map(Some)
-                .map_err(|e| AgentError::Protocol(format!("exec frame: {e}"))),
-            None => Ok(None),
+            Some(line) => {
+                let frame: ExecFrame = serde_json::from_slice(&line)
+                    .map_err(|e| AgentError::Protocol(format!("exec frame: {e}")))?;
+                self.finished |= frame.is_terminal();
+                Ok(Some(frame))
+            }
+            None if self.finished => Ok(None),
+            None => {
+                let text = "the frames ended without the command's end";
+                Err(AgentError::Disconnected(text.to_owned()))
+            }
         }
     }
 

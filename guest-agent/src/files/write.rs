@@ -8,7 +8,6 @@ use crate::users::{self, User};
 use crate::wire::codes;
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
-use hyper::http::HeaderMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown};
@@ -80,7 +79,11 @@ impl Ownership {
     }
 }
 
-fn find(name: &str) -> Result<User, ApiError> {
+/// Finds a user of the guest.
+///
+/// # Errors
+/// 422 `user_not_found`.
+pub fn find(name: &str) -> Result<User, ApiError> {
     users::find_user(Path::new("/"), name)?.ok_or_else(|| {
         ApiError::new(422, codes::USER_NOT_FOUND, format!("there is no user {name:?}"))
     })
@@ -152,7 +155,7 @@ impl Drop for Upload {
 ///
 /// # Errors
 /// 400 for the path or a body that breaks off, 409 for a folder, 507 when the disk is full.
-pub async fn put(query: &str, _headers: &HeaderMap, mut body: Incoming) -> Answer {
+pub async fn put(query: &str, mut body: Incoming) -> Answer {
     let path = AbsolutePath::from_query(query, "path")?;
     let ownership = Ownership::from_query(query)?;
     // A link is followed to what it points at, which is then replaced.

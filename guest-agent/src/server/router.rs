@@ -41,11 +41,22 @@ async fn route(agent: &Rc<Agent>, request: Request<Incoming>) -> Answer {
             agent.require_live()?;
             match (method, path) {
                 (&Method::POST, "/exec") => exec::start(agent, body).await,
-                (&Method::GET, "/files") => files::get(query),
+                (&Method::GET, "/files") => files::get(query, &parts.headers),
                 (&Method::PUT, "/files") => files::put(query, &parts.headers, body).await,
                 (&Method::DELETE, "/files") => files::delete(query),
                 (&Method::POST, "/tunnel") => tunnel::open(query, body).await,
-                (_, "/exec" | "/files" | "/tunnel") => Err(method_not_allowed(method, path)),
+                (&Method::GET, "/dir") => files::folder::read(query),
+                (&Method::POST, "/dir") => files::folder::make(&read_json(body).await?),
+                (&Method::GET, "/stat") => files::folder::stat(query),
+                (&Method::POST, "/move") => files::folder::rename(&read_json(body).await?),
+                (&Method::GET, "/processes") => exec::control::list(agent),
+                (method, path) if path.starts_with("/processes/") => {
+                    let rest = path.trim_start_matches("/processes/");
+                    exec::control::act(agent, method, rest, body).await
+                }
+                (_, "/exec" | "/files" | "/tunnel" | "/dir" | "/stat" | "/move" | "/processes") => {
+                    Err(method_not_allowed(method, path))
+                }
                 _ => Err(ApiError::new(404, codes::NOT_FOUND, format!("no endpoint {path}"))),
             }
         }

@@ -2,10 +2,27 @@
 //! over a byte stream without connections, the server that runs in the guest, and (feature
 //! `client`) the client the host uses.
 
+pub mod agent;
+pub mod server;
 pub mod session;
+pub mod transport;
 pub mod wire;
 
+mod boot;
+mod cgroup;
+mod claim;
+mod clock;
+mod entropy;
+mod exec;
+mod files;
+mod identity;
+mod query;
 mod random;
+mod settle;
+mod token;
+mod tunnel;
+mod users;
+mod watch;
 
 #[cfg(feature = "client")]
 pub mod client;

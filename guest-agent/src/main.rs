@@ -1,2 +1,43 @@
-//! The guest agent.
-fn main() {}
+//! The guest agent: serves the host over the virtio-serial port and vsock. As process 1 it
+//! prepares the root file system first and becomes systemd.
+
+mod preinit;
+
+use guest_agent::agent::{Agent, Config};
+use guest_agent::transport::{Port, VsockListener, find_port, serve_session, serve_vsock};
+use std::io;
+use std::process::ExitCode;
+use std::rc::Rc;
+
+fn main() -> ExitCode {
+    if std::process::id() == 1 {
+        preinit::run();
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let result = runtime.and_then(|runtime| {
+        let local = tokio::task::LocalSet::new();
+        local.block_on(&runtime, serve())
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("rethaw-agent: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve() -> io::Result<()> {
+    let agent = Rc::new(Agent::new(Config::default()));
+    let vsock = VsockListener::bind()?;
+    let port = find_port().and_then(|path| Port::open(&path));
+    match (port, vsock) {
+        (Ok(port), None) => serve_session(port, agent, true).await,
+        (Ok(port), Some(vsock)) => {
+            tokio::task::spawn_local(serve_vsock(vsock, Rc::clone(&agent)));
+            serve_session(port, agent, true).await
+        }
+        (Err(_), Some(vsock)) => serve_vsock(vsock, agent).await,
+        (Err(error), None) => Err(error),
+    }
+}

@@ -12,13 +12,13 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::poll::PollFlags;
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::region::RegionError;
-use crate::{fdpass, region, uffd};
+use crate::{fdpass, pidfd, region, uffd};
 
 pub use crate::region::Region;
 
@@ -62,6 +62,9 @@ pub enum HandshakeError {
         /// Connections closed because user or process was not the expected one.
         refused: u32,
     },
+    /// The VMM ended instead.
+    #[error("the VMM (pid {0}) ended before it handed over its memory")]
+    VmmEnded(i32),
     /// The VMM connected and did not finish its message in time.
     #[error(
         "the VMM (pid {pid}) sent {bytes} byte(s) and {fds} descriptor(s), then nothing for the rest of {waited:?}"
@@ -134,9 +137,23 @@ pub fn accept(
 ) -> Result<Handshake, HandshakeError> {
     let end = Instant::now() + deadline;
     let mut refused = 0;
+    let vmm = match expect.peer_pid {
+        Some(pid) => {
+            // A zombie still has a handle, and it is readable.
+            let handle = pidfd::open(pid).map_err(|_| HandshakeError::VmmEnded(pid))?;
+            Some((pid, handle))
+        }
+        None => None,
+    };
     let (peer, peer_pid) = loop {
-        if !system("poll", fdpass::wait_for(listener.as_fd(), PollFlags::POLLIN, end))? {
-            return Err(HandshakeError::NobodyCame { waited: deadline, refused });
+        match wait_for_peer(listener, vmm.as_ref().map(|(_, handle)| handle), end)? {
+            Waited::Peer => {}
+            Waited::Deadline => {
+                return Err(HandshakeError::NobodyCame { waited: deadline, refused });
+            }
+            Waited::VmmEnded => {
+                return Err(HandshakeError::VmmEnded(vmm.map_or(0, |(pid, _)| pid)));
+            }
         }
         let (peer, _) = match listener.accept() {
             Ok(connection) => connection,
@@ -159,6 +176,32 @@ pub fn accept(
     let regions = region::validate(regions, expect.memory_bytes)?;
     let uffd = pick_userfaultfd(fds)?;
     Ok(Handshake { regions, uffd, peer, peer_pid })
+}
+
+enum Waited {
+    Peer,
+    VmmEnded,
+    Deadline,
+}
+
+/// Waits for a connection, but not for one of a VMM that has ended.
+fn wait_for_peer(
+    listener: &UnixListener,
+    vmm: Option<&OwnedFd>,
+    end: Instant,
+) -> Result<Waited, HandshakeError> {
+    loop {
+        let mut fds = vec![PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+        fds.extend(vmm.map(|vmm| PollFd::new(vmm.as_fd(), PollFlags::POLLIN)));
+        let left = end.saturating_duration_since(Instant::now());
+        match poll(&mut fds, fdpass::poll_timeout(left)) {
+            Ok(0) | Err(Errno::EINTR) if Instant::now() < end => {}
+            Ok(0) | Err(Errno::EINTR) => return Ok(Waited::Deadline),
+            Ok(_) if fds[0].any().unwrap_or(false) => return Ok(Waited::Peer),
+            Ok(_) => return Ok(Waited::VmmEnded),
+            Err(errno) => return Err(HandshakeError::System { call: "poll", errno }),
+        }
+    }
 }
 
 /// One region as VMMs write it. `page_size_kib` holds bytes, in spite of its name.

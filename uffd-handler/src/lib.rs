@@ -14,6 +14,7 @@ pub mod control;
 pub mod fdpass;
 pub mod handshake;
 pub mod pager;
+pub mod pidfd;
 pub mod region;
 pub mod sealed_file;
 pub mod source;

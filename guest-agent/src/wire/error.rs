@@ -37,6 +37,8 @@ pub mod codes {
     pub const WRONG_STATE: &str = "wrong_state";
     /// 409: a folder where a file is needed.
     pub const IS_A_DIRECTORY: &str = "is_a_directory";
+    /// 409: a device, socket or pipe where a regular file is needed.
+    pub const NOT_A_FILE: &str = "not_a_file";
     /// 409: a file where a folder is needed.
     pub const NOT_A_DIRECTORY: &str = "not_a_directory";
     /// 409: the target exists already.

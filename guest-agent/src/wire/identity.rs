@@ -1,6 +1,7 @@
 //! The identity request and its report, and the proof a host may draw from the report.
 
 use super::Base64;
+use crate::identity::Verified;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -103,6 +104,56 @@ pub struct IdentityItem {
 }
 
 impl IdentityItem {
+    /// An item whose new value was read back.
+    pub(crate) fn proven(item: &str, proof: Verified, micros: u64) -> Self {
+        let (old_digest, new_digest, details) = proof.into_parts();
+        let item = item.to_owned();
+        Self {
+            item,
+            old_digest,
+            new_digest,
+            verified: true,
+            micros,
+            error: None,
+            skipped: None,
+            details,
+        }
+    }
+
+    /// An item that failed; the digests are of what could be read.
+    pub(crate) fn failed(
+        item: &str,
+        digests: (String, String),
+        error: String,
+        micros: u64,
+    ) -> Self {
+        let (old_digest, new_digest) = digests;
+        Self {
+            item: item.to_owned(),
+            old_digest,
+            new_digest,
+            verified: false,
+            micros,
+            error: Some(error),
+            skipped: None,
+            details: BTreeMap::new(),
+        }
+    }
+
+    /// An item there was nothing to do for.
+    pub(crate) fn skipped(item: &str, reason: String) -> Self {
+        Self {
+            item: item.to_owned(),
+            old_digest: String::new(),
+            new_digest: String::new(),
+            verified: false,
+            micros: 0,
+            error: None,
+            skipped: Some(reason),
+            details: BTreeMap::new(),
+        }
+    }
+
     /// Whether the new value was read back and is the wanted one.
     pub fn is_verified(&self) -> bool {
         self.verified

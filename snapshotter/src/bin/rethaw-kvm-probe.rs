@@ -194,9 +194,7 @@ fn long_mode(kvm: &Kvm, vcpu: &VcpuFd) -> Result<(), String> {
     };
     let data = kvm_segment { type_: 3, selector: 16, db: 1, l: 0, ..code };
     sregs.cs = code;
-    for segment in
-        [&mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs, &mut sregs.ss]
-    {
+    for segment in [&mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs, &mut sregs.ss] {
         *segment = data;
     }
     sregs.cr3 = PML4;

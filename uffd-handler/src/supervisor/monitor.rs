@@ -1,7 +1,7 @@
 //! The thread that listens to the page server, notices its death and has it replaced.
 
 use std::io::PipeWriter;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::Child;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
@@ -16,9 +16,9 @@ use super::link::{self, Link, Pending, RequestError};
 use super::table::{Entry, Table};
 use super::{PagerEvent, SupervisorConfig};
 use crate::control::{Channel, Event, Registration, Reply, Request, VmSummary};
-use crate::fdpass;
 use crate::uffd::PAGE;
 use crate::vm_state::VmState;
+use crate::{fdpass, pidfd};
 
 /// Pause between attempts to start a page server that does not start.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
@@ -223,27 +223,14 @@ impl Current {
 
 impl Process {
     fn new(pid: i32, child: Option<Child>) -> Result<Self, StartError> {
-        // SAFETY: pidfd_open takes two integers and returns a new descriptor or -1.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) } as i32;
-        if fd < 0 {
-            let source = std::io::Error::last_os_error();
-            return Err(StartError::Io { what: format!("pidfd of {pid}"), source });
-        }
-        // SAFETY: just made, and ours.
-        Ok(Self { pidfd: unsafe { OwnedFd::from_raw_fd(fd) }, child })
+        let pidfd = pidfd::open(pid)
+            .map_err(|source| StartError::Io { what: format!("pidfd of {pid}"), source })?;
+        Ok(Self { pidfd, child })
     }
 
     fn kill(&self) {
-        use std::os::fd::AsRawFd;
-        // SAFETY: integers and a null pointer; the pidfd cannot name another process.
-        unsafe {
-            libc::syscall(
-                libc::SYS_pidfd_send_signal,
-                self.pidfd.as_raw_fd(),
-                Signal::SIGKILL as i32,
-                std::ptr::null::<libc::siginfo_t>(),
-                0,
-            );
+        if let Err(error) = pidfd::send_signal(self.pidfd.as_fd(), Signal::SIGKILL) {
+            tracing::debug!(%error, "killing the page server");
         }
     }
 

@@ -20,8 +20,8 @@ use tokio::net::UnixStream;
 
 use super::machine::{InstanceInfo, InstanceState};
 use super::{
-    BootSource, CpuTemplate, Drive, EntropyDevice, MachineConfig, NetworkInterface, SnapshotCreate,
-    SnapshotLoad, VmState, VsockDevice,
+    BootSource, CpuTemplate, Drive, EntropyDevice, MachineConfig, NetworkInterface, RateLimiter,
+    SnapshotCreate, SnapshotLoad, VmState, VsockDevice,
 };
 use crate::firecracker::version::{UnsupportedField, Version};
 
@@ -113,11 +113,15 @@ impl ApiClient {
         self.put(&format!("/drives/{}", drive.drive_id), drive, d).await
     }
 
-    /// `PATCH /drives/{drive_id}`: gives a drive other rate limits.
-    pub async fn patch_drive(&self, drive: &Drive, d: Duration) -> Result<(), ApiError> {
-        let body = serde_json::json!({
-            "drive_id": drive.drive_id, "rate_limiter": drive.rate_limiter });
-        self.patch(&format!("/drives/{}", drive.drive_id), &body, d).await
+    /// `PATCH /drives/{drive_id}`: gives a drive other limits.
+    pub async fn limit_drive(
+        &self,
+        drive_id: &str,
+        limiter: RateLimiter,
+        d: Duration,
+    ) -> Result<(), ApiError> {
+        let body = serde_json::json!({ "drive_id": drive_id, "rate_limiter": limiter });
+        self.patch(&format!("/drives/{drive_id}"), &body, d).await
     }
 
     /// `PUT /network-interfaces/{iface_id}`
@@ -125,14 +129,21 @@ impl ApiClient {
         self.put(&format!("/network-interfaces/{}", nic.iface_id), nic, d).await
     }
 
-    /// `PATCH /network-interfaces/{iface_id}`: gives a NIC other rate limits.
-    pub async fn patch_nic(&self, nic: &NetworkInterface, d: Duration) -> Result<(), ApiError> {
-        let body = serde_json::json!({
-            "iface_id": nic.iface_id,
-            "rx_rate_limiter": nic.rx_rate_limiter,
-            "tx_rate_limiter": nic.tx_rate_limiter,
-        });
-        self.patch(&format!("/network-interfaces/{}", nic.iface_id), &body, d).await
+    /// `PATCH /network-interfaces/{iface_id}`: gives a NIC other limits.
+    pub async fn limit_nic(
+        &self,
+        iface_id: &str,
+        rx: Option<RateLimiter>,
+        tx: Option<RateLimiter>,
+        d: Duration,
+    ) -> Result<(), ApiError> {
+        let mut body = serde_json::json!({ "iface_id": iface_id });
+        for (name, limiter) in [("rx_rate_limiter", rx), ("tx_rate_limiter", tx)] {
+            if let Some(limiter) = limiter {
+                body[name] = serde_json::json!(limiter);
+            }
+        }
+        self.patch(&format!("/network-interfaces/{iface_id}"), &body, d).await
     }
 
     /// `PUT /vsock`

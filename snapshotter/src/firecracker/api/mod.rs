@@ -9,6 +9,7 @@ mod snapshot;
 mod storage;
 
 pub use client::{ApiClient, ApiError};
+pub(crate) use client::{connect, short_path};
 pub use machine::{
     BootSource, CpuTemplate, EntropyDevice, InstanceInfo, InstanceState, MachineConfig, VmState,
 };

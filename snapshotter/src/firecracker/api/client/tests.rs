@@ -68,7 +68,8 @@ async fn reaches_sockets_deeper_than_an_address_is_long() {
     std::fs::create_dir_all(&deep).unwrap();
     let socket = deep.join("a.sock");
     let (_dir, short) = short_path(&socket).unwrap();
-    let body = r#"{"id":"x","state":"Not started","vmm_version":"1.12.1","app_name":"Firecracker"}"#;
+    let body =
+        r#"{"id":"x","state":"Not started","vmm_version":"1.12.1","app_name":"Firecracker"}"#;
     let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
     let server = serve_once(UnixListener::bind(short).unwrap(), answer.leak());
     let info = ApiClient::new(&socket, V).instance(LONG).await.unwrap();

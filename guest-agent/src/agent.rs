@@ -1,0 +1,112 @@
+//! What the agent knows and remembers, all of it on one thread.
+//!
+//! ```text
+//! Live -- settle --> Settled -- identity --> Live
+//!   \--- freeze ---> Frozen -- identity or resume --> Live
+//!                    Settled, Frozen -- identity fails --> IdentityFailed (for good)
+//! ```
+
+use crate::cgroup::Workload;
+use crate::exec::Processes;
+use crate::server::ApiError;
+use crate::wire::{AgentState, Health, codes};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Where the agent finds the system it looks after.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Prefix of the files it reads and writes for itself; `/` outside of tests.
+    pub root: PathBuf,
+    /// Mount point of cgroup v2, when there is one.
+    pub cgroup: Option<PathBuf>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let cgroup = PathBuf::from("/sys/fs/cgroup");
+        let unified = cgroup.join("cgroup.procs").exists();
+        Self { root: PathBuf::from("/"), cgroup: unified.then_some(cgroup) }
+    }
+}
+
+/// The agent.
+#[derive(Debug)]
+pub struct Agent {
+    root: PathBuf,
+    state: Cell<AgentState>,
+    /// Generation of the identity last applied.
+    pub generation: RefCell<Option<String>>,
+    /// Environment of every command, from the claim.
+    pub env: RefCell<BTreeMap<String, String>>,
+    /// The group every command runs in.
+    pub workload: Workload,
+    /// Commands that run.
+    pub processes: Processes,
+}
+
+impl Agent {
+    /// An agent of a machine that has just booted.
+    pub fn new(config: Config) -> Self {
+        Self {
+            root: config.root,
+            state: Cell::new(AgentState::Live),
+            generation: RefCell::new(None),
+            env: RefCell::new(BTreeMap::new()),
+            workload: Workload::new(config.cgroup),
+            processes: Processes::default(),
+        }
+    }
+
+    /// Prefix of the system's files.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Where `path`, which is absolute, lies under the prefix.
+    pub fn path(&self, path: &str) -> PathBuf {
+        self.root.join(path.trim_start_matches('/'))
+    }
+
+    /// What the agent will do now.
+    pub fn state(&self) -> AgentState {
+        self.state.get()
+    }
+
+    /// Enters another state.
+    pub fn set_state(&self, state: AgentState) {
+        self.state.set(state);
+    }
+
+    /// Refuses unless commands and files may be served.
+    ///
+    /// # Errors
+    /// 409 `identity_pending` or `identity_failed`.
+    pub fn require_live(&self) -> Result<(), ApiError> {
+        match self.state() {
+            AgentState::Live => Ok(()),
+            AgentState::Settled | AgentState::Frozen => Err(ApiError::new(
+                409,
+                codes::IDENTITY_PENDING,
+                "this machine is frozen and has not been brought back yet",
+            )),
+            AgentState::IdentityFailed => Err(ApiError::new(
+                409,
+                codes::IDENTITY_FAILED,
+                "this machine's identity could not be made its own; it must be destroyed",
+            )),
+        }
+    }
+
+    /// Answer to `GET /health`.
+    pub fn health(&self) -> Health {
+        Health {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            generation: self.generation.borrow().clone(),
+            state: self.state(),
+            uptime_seconds: crate::clock::uptime().as_secs_f64(),
+            processes: self.processes.count() as u32,
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! What a VM needs when it is handed to a user, or comes back to one: the time, the token, the
+//! environment. These calls are on the claim path, so they do nothing else.
+
+use crate::agent::Agent;
+use crate::clock::{HostTime, Instant};
+use crate::server::ApiError;
+use crate::wire::{AgentState, ClaimReport, ClaimRequest, ClockRequest, ResumeRequest, codes};
+use crate::{entropy, token};
+use std::collections::BTreeMap;
+
+/// `POST /claim`.
+///
+/// # Errors
+/// The clock cannot be set or the token not be kept.
+pub fn claim(agent: &Agent, request: ClaimRequest) -> Result<ClaimReport, ApiError> {
+    let received = Instant::now()?;
+    let report = set(agent, request.wall_clock_unix_nanos, received)?;
+    take(agent, request.access_token.as_deref(), request.env)?;
+    Ok(ClaimReport { total_micros: received.micros(), ..report })
+}
+
+/// `POST /clock`.
+///
+/// # Errors
+/// The clock cannot be set.
+pub fn set_clock(agent: &Agent, request: &ClockRequest) -> Result<ClaimReport, ApiError> {
+    set(agent, request.wall_clock_unix_nanos, Instant::now()?)
+}
+
+/// `POST /resume`: the same machine goes on, but must not repeat random numbers that the paused
+/// memory holds already.
+///
+/// # Errors
+/// 409 unless it was frozen (or runs), 400 on too little entropy, and when a step fails.
+pub fn resume(agent: &Agent, request: ResumeRequest) -> Result<ClaimReport, ApiError> {
+    let received = Instant::now()?;
+    if !matches!(agent.state(), AgentState::Frozen | AgentState::Live) {
+        let text = format!("a machine that is {:?} cannot be resumed", agent.state());
+        return Err(ApiError::new(409, codes::WRONG_STATE, text));
+    }
+    entropy::check(&request.entropy.0)
+        .map_err(|e| ApiError::new(400, codes::INVALID_REQUEST, e.to_string()))?;
+    entropy::reseed(&request.entropy.0)?;
+    let report = set(agent, request.wall_clock_unix_nanos, received)?;
+    let mut env = agent.env.borrow().clone();
+    env.extend(request.env);
+    take(agent, request.access_token.as_deref(), env)?;
+    if agent.state() == AgentState::Frozen {
+        agent.workload.thaw()?;
+        if agent.workload.is_frozen()? {
+            return Err(ApiError::internal("the workload is still frozen"));
+        }
+        agent.set_state(AgentState::Live);
+    }
+    Ok(ClaimReport { total_micros: received.micros(), ..report })
+}
+
+fn set(agent: &Agent, unix_nanos: u64, received: Instant) -> Result<ClaimReport, ApiError> {
+    let host = HostTime::new(unix_nanos, received)?;
+    let before = host.offset()?;
+    host.set()?;
+    Ok(ClaimReport {
+        generation: agent.generation.borrow().clone(),
+        clock_error_nanos: before.nanos,
+        clock_residual_nanos: host.offset()?.nanos,
+        total_micros: received.micros(),
+    })
+}
+
+fn take(
+    agent: &Agent,
+    access_token: Option<&str>,
+    env: BTreeMap<String, String>,
+) -> Result<(), ApiError> {
+    crate::exec::check_env(&env)?;
+    if let Some(access_token) = access_token {
+        token::store(agent, access_token)?;
+    }
+    *agent.env.borrow_mut() = env;
+    Ok(())
+}

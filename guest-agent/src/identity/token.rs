@@ -1,0 +1,36 @@
+//! The access token: the one of the request, or none, but never another machine's.
+
+use super::proof::{Context, Item, ItemError, Reading};
+use super::write;
+use crate::token;
+
+/// The item.
+#[derive(Debug)]
+pub struct Token;
+
+impl Item for Token {
+    fn name(&self) -> &'static str {
+        "token"
+    }
+
+    fn read(&self, context: &Context<'_>) -> Result<Reading, ItemError> {
+        Ok(Reading::of(write::read(&context.agent.path(token::PATH))?))
+    }
+
+    fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
+        match &context.request.access_token {
+            Some(token) => token::store(context.agent, token),
+            None => token::drop(context.agent),
+        }
+        .map_err(ItemError::io("keep the token"))
+    }
+
+    fn check(&self, context: &Context<'_>, _: &Reading, new: &Reading) -> Result<(), ItemError> {
+        if new.value == context.request.access_token.as_deref().unwrap_or("") {
+            return Ok(());
+        }
+        // The values are secrets.
+        let (wanted, got) = ("the request's token".to_owned(), "another".to_owned());
+        Err(ItemError::Mismatch { wanted, got })
+    }
+}

@@ -1,0 +1,57 @@
+//! From method and path to the function that answers, and the gate in front of them: while the
+//! guest has no identity of its own, nothing that could use it is served.
+
+use super::{Answer, ApiError, Body, json, read_json};
+use crate::agent::Agent;
+use crate::wire::codes;
+use crate::{boot, claim, exec, files, identity, settle, tunnel};
+use hyper::body::Incoming;
+use hyper::http::{Method, Request, Response};
+use std::rc::Rc;
+
+/// Answers one request.
+pub(super) async fn handle(agent: Rc<Agent>, request: Request<Incoming>) -> Response<Body> {
+    match route(&agent, request).await {
+        Ok(response) => response,
+        Err(error) => error.into_response(),
+    }
+}
+
+async fn route(agent: &Rc<Agent>, request: Request<Incoming>) -> Answer {
+    let (parts, body) = request.into_parts();
+    let path = parts.uri.path();
+    let query = parts.uri.query().unwrap_or("");
+    match (&parts.method, path) {
+        (&Method::GET, "/health") => json(&agent.health()),
+        (&Method::POST, "/claim") => {
+            agent.require_live()?;
+            json(&claim::claim(agent, read_json(body).await?)?)
+        }
+        (&Method::POST, "/identity") => {
+            let received = crate::clock::Instant::now()?;
+            json(&identity::apply(agent, read_json(body).await?, received).await?)
+        }
+        (&Method::POST, "/clock") => json(&claim::set_clock(agent, &read_json(body).await?)?),
+        (&Method::POST, "/resume") => json(&claim::resume(agent, read_json(body).await?)?),
+        (&Method::GET, "/boot") => json(&boot::report().await?),
+        (&Method::POST, "/boot/wait") => json(&boot::wait(&read_json(body).await?).await?),
+        (&Method::POST, "/settle") => json(&settle::settle(agent, &read_json(body).await?)?),
+        (&Method::POST, "/freeze") => json(&settle::freeze(agent, &read_json(body).await?)?),
+        (method, _) => {
+            agent.require_live()?;
+            match (method, path) {
+                (&Method::POST, "/exec") => exec::start(agent, body).await,
+                (&Method::GET, "/files") => files::get(query),
+                (&Method::PUT, "/files") => files::put(query, &parts.headers, body).await,
+                (&Method::DELETE, "/files") => files::delete(query),
+                (&Method::POST, "/tunnel") => tunnel::open(query, body).await,
+                (_, "/exec" | "/files" | "/tunnel") => Err(method_not_allowed(method, path)),
+                _ => Err(ApiError::new(404, codes::NOT_FOUND, format!("no endpoint {path}"))),
+            }
+        }
+    }
+}
+
+fn method_not_allowed(method: &Method, path: &str) -> ApiError {
+    ApiError::new(405, codes::METHOD_NOT_ALLOWED, format!("{path} does not take {method}"))
+}

@@ -1,0 +1,193 @@
+//! From a snapshot to a paused VM.
+
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use uffd_handler::handshake::{self, Expect};
+use uffd_handler::supervisor::{MemoryPlan, Supervisor};
+
+use super::api::{ApiClient, ApiError, MemoryBackendType, NetworkOverride, SnapshotLoad};
+use super::home::{self, Access, Home};
+use super::spawn::{Console, SpawnSpec, Spawned, api_error, died, log_tail};
+use super::vm::{FirecrackerVm, Origin};
+use super::{COMMAND_DEADLINE, Firecracker, LOAD_DEADLINE, Limits, NIC, SCRATCH};
+use crate::process::set_nice;
+use crate::vmm::{MemoryBackend, Phases, RestoreSpec, Shell, Vm, VmRecord, VmmError};
+
+/// A started Firecracker with everything in its home that it will load.
+#[derive(Debug)]
+pub(super) struct FirecrackerShell {
+    vm: FirecrackerVm,
+    tap: String,
+    listener: Option<UnixListener>,
+    plan: MemoryPlan,
+    limits: Limits,
+    track_dirty_pages: bool,
+    spawn_time: Duration,
+}
+
+/// Starts the process that will load `spec`.
+pub(super) async fn prepare(
+    driver: &Firecracker,
+    spec: &RestoreSpec,
+) -> Result<FirecrackerShell, VmmError> {
+    let started = Instant::now();
+    let spawn = SpawnSpec {
+        id: &spec.id,
+        run_dir: &spec.run_dir,
+        root_disk: &spec.root_disk,
+        scratch_disk: &spec.scratch_disk,
+        size: spec.size,
+        nic: &spec.nic,
+        console: if driver.config.restored_console { Console::File } else { Console::Discard },
+    };
+    let mut listener = None;
+    let fill = |home: &Home| {
+        home.copy(&spec.vmstate, home::VMSTATE)?;
+        match spec.backend {
+            // Only the page server opens the memory then.
+            MemoryBackend::Uffd => listener = Some(home.listen(home::UFFD)?),
+            MemoryBackend::File => home.put(&spec.memory_file, home::MEMORY, Access::ReadOnly)?,
+        }
+        Ok(())
+    };
+    let spawned = driver.spawn(&spawn, fill).await?;
+    if spec.background {
+        set_nice(spawned.process.id().pid, 19);
+    }
+    let tap = spawned.tap.clone();
+    let pager = listener.is_some().then(|| Arc::clone(&driver.pager));
+    let common = (spec.id.as_str(), spec.run_dir.as_path(), spec.size, spec.backend);
+    Ok(FirecrackerShell {
+        vm: FirecrackerVm::new(driver, common, spawned, Origin::Restored, pager),
+        tap,
+        listener,
+        plan: spec.memory.clone(),
+        limits: driver.config.limits,
+        track_dirty_pages: driver.config.track_dirty_pages,
+        spawn_time: started.elapsed(),
+    })
+}
+
+#[async_trait]
+impl Shell for FirecrackerShell {
+    fn record(&self) -> VmRecord {
+        self.vm.record()
+    }
+
+    async fn load(self: Box<Self>) -> Result<(Box<dyn Vm>, Phases), VmmError> {
+        let mut phases = vec![("spawn", self.spawn_time)];
+        let started = Instant::now();
+        let record = self.vm.record();
+        let Spawned { process, api, home, .. } = self.vm.spawned();
+        let put = self.put_load(api);
+        let loaded = tokio::select! {
+            biased;
+            loaded = self.with_memory(put) => loaded,
+            reason = process.exited() => {
+                return Err(died(&record.id, &record.run_dir, home, reason));
+            }
+        };
+        if let Err(e) = loaded {
+            return Err(with_log(e, &log_tail(&record.run_dir, home)));
+        }
+        // They have done their work; nothing can connect or load a second time.
+        home.forget(home::UFFD);
+        home.forget(home::VMSTATE);
+        phases.push(("load", started.elapsed()));
+        if self.limits != Limits::default() {
+            let since = Instant::now();
+            let limited = self.put_limits(api).await;
+            limited.map_err(|e| api_error(&record.id, "setting rate limits", e))?;
+            phases.push(("limits", since.elapsed()));
+        }
+        Ok((Box::new(self.vm), phases))
+    }
+}
+
+impl FirecrackerShell {
+    async fn put_load(&self, api: &ApiClient) -> Result<(), VmmError> {
+        let memory = match self.listener {
+            Some(_) => MemoryBackendType::Uffd(home::UFFD.to_owned()),
+            None => MemoryBackendType::File(home::MEMORY.to_owned()),
+        };
+        let mut load = SnapshotLoad::new(home::VMSTATE, memory);
+        load.track_dirty_pages = self.track_dirty_pages;
+        load.network_overrides =
+            vec![NetworkOverride { iface_id: NIC.to_owned(), host_dev_name: self.tap.clone() }];
+        let loaded = api.load_snapshot(&load, LOAD_DEADLINE).await;
+        loaded.map_err(|e| api_error(&self.vm.record().id, "loading the snapshot", e))
+    }
+
+    /// Waits for `put` and gives the memory that comes meanwhile to the page server.
+    async fn with_memory(
+        &self,
+        put: impl Future<Output = Result<(), VmmError>>,
+    ) -> Result<(), VmmError> {
+        let Some(listener) = &self.listener else { return put.await };
+        let record = self.vm.record();
+        let memory_error = |message| VmmError::Memory { id: record.id.clone(), message };
+        let pager = self.vm.pager().ok_or_else(|| memory_error("no page server".to_owned()))?;
+        let own = listener.try_clone().map_err(|e| memory_error(e.to_string()))?;
+        // Dropped on every way out, so that the thread below never waits for someone who cannot
+        // come any more.
+        let _stop = StopListening(listener);
+        let expect = Expect {
+            memory_bytes: record.size.memory_bytes,
+            peer_uid: Some(self.vm.spawned().home.uid()),
+            peer_pid: Some(record.process.pid),
+        };
+        let (id, plan) = (record.id.clone(), self.plan.clone());
+        let register =
+            tokio::task::spawn_blocking(move || register(&own, &expect, &pager, &id, &plan));
+        let register =
+            async { register.await.unwrap_or_else(|e| Err(e.to_string())).map_err(memory_error) };
+        tokio::try_join!(put, register).map(|((), ())| ())
+    }
+
+    /// A snapshot has the limits of the VM it was made of.
+    async fn put_limits(&self, api: &ApiClient) -> Result<(), ApiError> {
+        let Limits { disk, network_rx, network_tx } = self.limits;
+        if let Some(limiter) = disk {
+            api.limit_drive(SCRATCH, limiter, COMMAND_DEADLINE).await?;
+        }
+        if network_rx.is_some() || network_tx.is_some() {
+            api.limit_nic(NIC, network_rx, network_tx, COMMAND_DEADLINE).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Accepts the handshake and hands it to the page server. Blocks.
+fn register(
+    listener: &UnixListener,
+    expect: &Expect,
+    pager: &Supervisor,
+    id: &str,
+    plan: &MemoryPlan,
+) -> Result<(), String> {
+    let handshake = handshake::accept(listener, expect, LOAD_DEADLINE)
+        .map_err(|e| format!("handshake: {e}"))?;
+    pager.add_vm(id, handshake, plan).map_err(|e| format!("page server: {e}"))
+}
+
+/// Ends the wait of whoever accepts on the socket.
+struct StopListening<'a>(&'a UnixListener);
+
+impl Drop for StopListening<'_> {
+    fn drop(&mut self) {
+        let _ = rustix::net::shutdown(self.0, rustix::net::Shutdown::Both);
+    }
+}
+
+/// Adds the log to errors that have room for one.
+fn with_log(error: VmmError, tail: &str) -> VmmError {
+    match error {
+        VmmError::Timeout { vmm, id, step, after, .. } => {
+            VmmError::Timeout { vmm, id, step, after, log: tail.to_owned() }
+        }
+        other => other,
+    }
+}

@@ -8,10 +8,14 @@ mod boot_id;
 mod clock;
 mod entropy;
 mod generation;
+mod hooks;
 mod hostname;
 mod machine_id;
+mod network;
 mod proof;
 mod random_seed;
+mod sockets;
+mod ssh_host_keys;
 mod thaw;
 mod token;
 mod write;
@@ -22,7 +26,7 @@ use crate::agent::Agent;
 use crate::clock::{HostTime, Instant};
 use crate::server::ApiError;
 use crate::wire::{AgentState, IdentityReport, IdentityRequest, codes};
-use proof::{Context, Item};
+use proof::{Context, Run};
 
 /// Present where a template may be told to fail an item, for testing what happens then.
 const FAULT_INJECTION: &str = "/etc/rethaw/fault-injection";
@@ -46,41 +50,32 @@ pub async fn apply(
         return Err(ApiError::new(409, codes::WRONG_STATE, text));
     }
     check(agent, &request)?;
+    let wanted_network = network::Wanted::parse(&request).map_err(invalid)?;
     let host = HostTime::new(request.wall_clock_unix_nanos, received)?;
     // Until every item is proven the machine counts as failed, whatever interrupts this.
     agent.set_state(AgentState::IdentityFailed);
     let context = Context { agent, request: &request, host };
-    let mut items: Vec<Box<dyn Item>> = vec![
-        Box::new(entropy::Entropy::default()),
-        Box::new(clock::Clock),
-        Box::new(hostname::Hostname),
-        Box::new(machine_id::MachineId),
-        Box::new(boot_id::BootId),
-        Box::new(random_seed::RandomSeed),
-        Box::new(token::Token),
-        Box::new(generation::Generation),
-    ];
-    items.push(Box::new(thaw::Thaw));
-    let mut report = Vec::with_capacity(items.len());
-    let mut failed = false;
-    for mut item in items {
-        let result = proof::run(item.as_mut(), &context);
-        failed = !result.is_verified() && result.skipped.is_none();
-        report.push(result);
-        if failed {
-            break;
-        }
-    }
+    let mut run = Run::default();
+    run.item(entropy::Entropy::default(), &context).await;
+    run.item(clock::Clock, &context).await;
+    run.item(network::Network::new(wanted_network), &context).await;
+    run.item(sockets::Sockets, &context).await;
+    run.item(hostname::Hostname, &context).await;
+    run.item(machine_id::MachineId, &context).await;
+    run.item(boot_id::BootId, &context).await;
+    run.item(random_seed::RandomSeed, &context).await;
+    run.item(ssh_host_keys::SshHostKeys, &context).await;
+    run.item(token::Token, &context).await;
+    run.item(generation::Generation, &context).await;
+    run.item(hooks::Hooks::find(agent), &context).await;
+    run.item(thaw::Thaw, &context).await;
+    let (items, failed) = run.finish();
     if !failed {
         *agent.generation.borrow_mut() = Some(request.generation.clone());
         *agent.env.borrow_mut() = request.env;
         agent.set_state(AgentState::Live);
     }
-    Ok(IdentityReport {
-        generation: request.generation,
-        items: report,
-        total_micros: received.micros(),
-    })
+    Ok(IdentityReport { generation: request.generation, items, total_micros: received.micros() })
 }
 
 fn is_hex(text: &str) -> bool {

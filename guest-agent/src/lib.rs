@@ -16,6 +16,7 @@ mod entropy;
 mod exec;
 mod files;
 mod identity;
+mod netlink;
 mod query;
 mod random;
 mod settle;

@@ -61,12 +61,7 @@ enum PreinitError {
 /// Prepares the root and becomes systemd; never returns.
 pub fn run() -> ! {
     let Err(error) = boot();
-    let line = format!("\nrethaw-preinit: boot failed: {error}\n");
-    if let Ok(mut console) = OpenOptions::new().write(true).open("/dev/console") {
-        let _ = console.write_all(line.as_bytes());
-    } else {
-        let _ = io::stderr().write_all(line.as_bytes());
-    }
+    report(&format!("rethaw-preinit: boot failed: {error}\n"));
     // SAFETY: both calls take no pointers and touch no memory of this process.
     unsafe {
         libc::sync();
@@ -74,6 +69,18 @@ pub fn run() -> ! {
     }
     // Only reached when the reset was refused: the end of PID 1 is a kernel panic, also an end.
     std::process::exit(1)
+}
+
+/// Prints on the console, through the kernel's log where there is one: that is written out at once,
+/// while what goes to the terminal may still be in its buffer when the machine resets.
+fn report(line: &str) {
+    const CRITICAL: &str = "<2>";
+    for (device, prefix) in [("/dev/kmsg", CRITICAL), ("/dev/console", "")] {
+        let Ok(mut out) = OpenOptions::new().write(true).open(device) else { continue };
+        if out.write_all(format!("{prefix}{line}").as_bytes()).is_ok() {
+            return;
+        }
+    }
 }
 
 fn boot() -> Result<Infallible, PreinitError> {

@@ -2,37 +2,39 @@
 
 use crate::agent::Agent;
 use crate::clock::Instant;
+use crate::exec::tool;
 use crate::server::ApiError;
 use crate::token;
 use crate::wire::{AgentState, FreezeRequest, SettleReport, SettleRequest, codes};
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::time::Duration;
 
 /// State that would be the same in every clone, or tells of the template's making.
 const SHARED_STATE: &[&str] =
     &["/var/lib/systemd/random-seed", "/var/lib/systemd/credential.secret"];
 /// Folders whose contents a template does without.
-const VACUUM: &[&str] = &[
-    "/var/log/journal",
-    "/run/log/journal",
-    "/var/cache/apt/archives",
-    "/var/lib/apt/lists",
-    "/tmp",
-    "/var/tmp",
-];
+const VACUUM: &[&str] = &["/var/cache/apt/archives", "/var/lib/apt/lists", "/tmp", "/var/tmp"];
+
+const JOURNALCTL: &str = "/usr/bin/journalctl";
+const JOURNAL_DEADLINE: Duration = Duration::from_secs(20);
 
 /// `POST /settle`: removes shared state, writes everything to the disk and freezes the workload.
 /// From here on only an identity makes the machine usable.
 ///
 /// # Errors
 /// 409 unless live; a file that cannot be removed, or a workload that cannot be frozen.
-pub fn settle(agent: &Agent, request: &SettleRequest) -> Result<SettleReport, ApiError> {
+pub async fn settle(agent: &Agent, request: &SettleRequest) -> Result<SettleReport, ApiError> {
     let started = Instant::now()?;
     require_live(agent, "settled")?;
-    // The workload stops first: it must not write what was just removed.
+    if request.vacuum {
+        journal(agent).await;
+        require_live(agent, "settled")?;
+    }
+    // From here to the end nothing is waited for: no command can start in between. The workload stops first: it must not write what was just removed.
     if agent.workload.is_available() {
-        agent.workload.freeze()?;
+        agent.workload.freeze().map_err(|e| thawed(agent, e.into()))?;
     }
     let mut removed = Vec::new();
     for path in SHARED_STATE {
@@ -52,7 +54,8 @@ pub fn settle(agent: &Agent, request: &SettleRequest) -> Result<SettleReport, Ap
     agent.generation.borrow_mut().take();
     nix::unistd::sync();
     if request.drop_caches {
-        fs::write("/proc/sys/vm/drop_caches", "3")?;
+        let dropped = fs::write("/proc/sys/vm/drop_caches", "3");
+        dropped.map_err(|e| thawed(agent, ApiError::from_io(&e, "drop_caches")))?;
     }
     agent.set_state(AgentState::Settled);
     Ok(SettleReport {
@@ -63,6 +66,15 @@ pub fn settle(agent: &Agent, request: &SettleRequest) -> Result<SettleReport, Ap
     })
 }
 
+/// Starts new journal files and drops the old ones. A guest without journald has none to drop.
+async fn journal(agent: &Agent) {
+    if agent.path(JOURNALCTL).exists() {
+        let argv = [JOURNALCTL, "--rotate", "--vacuum-time=1s", "--quiet"];
+        // What stays is a few lines of the boot: no reason to give the template up.
+        let _ = tool::run(&argv, &[], JOURNAL_DEADLINE).await;
+    }
+}
+
 /// `POST /freeze`: stops the workload so that memory and disk belong to one instant.
 ///
 /// # Errors
@@ -70,7 +82,7 @@ pub fn settle(agent: &Agent, request: &SettleRequest) -> Result<SettleReport, Ap
 pub fn freeze(agent: &Agent, request: &FreezeRequest) -> Result<SettleReport, ApiError> {
     let started = Instant::now()?;
     require_live(agent, "frozen")?;
-    agent.workload.freeze()?;
+    agent.workload.freeze().map_err(|e| thawed(agent, e.into()))?;
     if request.sync {
         nix::unistd::sync();
     }

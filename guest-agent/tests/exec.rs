@@ -1,5 +1,6 @@
 //! Commands through a real agent and client, in one process.
 #![cfg(feature = "client")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod common;
 

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use command_fds::{CommandFdExt, FdMapping};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
@@ -118,12 +119,14 @@ impl Process {
 
     /// Takes hold of a process that an earlier service left running.
     pub fn adopt(id: ProcessId) -> Result<Self, ProcessError> {
-        let process = Self::open(id.pid, false)?;
+        let mut process = Self::open(id.pid, false)?;
         // Compared after the pidfd is open: from here on the pid cannot change its meaning.
         if process.id != id {
             process.release();
             return Err(ProcessError::NotRunning { pid: id.pid, start_time: id.start_time });
         }
+        // A service that replaced itself by `exec` still has its children, and must reap them.
+        process.is_child = stat_field(id.pid, 1).is_ok_and(|p| p == u64::from(std::process::id()));
         Ok(process)
     }
 
@@ -207,23 +210,30 @@ impl Drop for Process {
     fn drop(&mut self) {
         if !self.released.load(Ordering::Relaxed) {
             self.signal_kill();
-            if self.is_child {
-                // SIGKILL is on its way; this bounds the wait of a zombie to the kernel's own work.
-                let fd = std::os::fd::AsFd::as_fd(self.pidfd.get_ref());
-                let _ = waitid(WaitId::PidFd(fd), WaitIdOptions::EXITED);
-            }
+            // SIGKILL is on its way, so this waits for the kernel's own work. What comes after, such
+            // as the removal of the process's files, relies on it being gone. The descriptor is a
+            // non-blocking one, and `waitid` alone would not wait.
+            let mut gone = [PollFd::new(self.pidfd.get_ref(), PollFlags::IN)];
+            let limit = Timespec { tv_sec: 5, tv_nsec: 0 };
+            let _ = rustix::io::retry_on_intr(|| poll(&mut gone, Some(&limit)));
+            let _ = self.reap();
         }
     }
 }
 
 /// Start time of `pid` in clock ticks since boot.
 pub fn start_time(pid: i32) -> io::Result<u64> {
+    stat_field(pid, 19)
+}
+
+/// A number out of `/proc/<pid>/stat`, counted from the field after the command name.
+fn stat_field(pid: i32, index: usize) -> io::Result<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // The command name is in parentheses and may hold anything, also parentheses.
     let after = stat.rfind(')').map_or("", |at| &stat[at + 1..]);
     after
         .split_ascii_whitespace()
-        .nth(19)
+        .nth(index)
         .and_then(|f| f.parse().ok())
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat")))
 }

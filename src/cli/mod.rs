@@ -1,11 +1,12 @@
 //! The command line: one file per subcommand, all of them clients of the HTTP API but `serve`.
 //!
 //! Standard output carries results only; whatever rethaw itself has to say goes to standard error
-//! with the prefix `rethaw: `. Exit codes: 0 done, 1 failed, 2 wrong usage; `exec` and `run` exit
-//! with the remote command's code, and with 125 where others exit with 1 or 2.
+//! with the prefix `rethaw: `. Exit codes: 0 done, 1 failed, 2 wrong usage; `exec`, `run` and
+//! `shell` exit with the remote command's code, and with 125 where others exit with 1 or 2.
 
 mod client;
 mod completions;
+mod cp;
 mod env;
 mod exec;
 mod fork;
@@ -21,8 +22,10 @@ mod run;
 mod sandbox;
 pub mod serve;
 mod serve_file;
+mod shell;
 mod stdin;
 mod table;
+mod template;
 mod transition;
 mod version;
 
@@ -95,6 +98,10 @@ enum Command {
     Exec(exec::ExecArgs),
     /// List sandboxes
     Ls(ls::LsArgs),
+    /// Copy files into a sandbox or out of it
+    Cp(cp::CpArgs),
+    /// Open a terminal in a sandbox
+    Shell(shell::ShellArgs),
     /// Put a sandbox to disk and free its memory
     Pause(transition::PauseArgs),
     /// Bring a paused sandbox back, with its processes
@@ -103,6 +110,8 @@ enum Command {
     Fork(fork::ForkArgs),
     /// Remove sandboxes
     Rm(rm::RmArgs),
+    /// Make, list and remove templates
+    Template(template::TemplateArgs),
     /// Show and size the pools of warm VMs
     Pool(pool::PoolArgs),
     /// Print a completion script for a shell
@@ -127,7 +136,7 @@ pub fn main() -> ExitCode {
         }
     };
     let failure = match cli.command {
-        Command::Run(_) | Command::Exec(_) => remote::OWN_FAILURE,
+        Command::Run(_) | Command::Exec(_) | Command::Shell(_) => remote::OWN_FAILURE,
         _ => 1,
     };
     match dispatch(cli) {
@@ -168,10 +177,13 @@ async fn talk(global: &Global, command: Command) -> anyhow::Result<ExitCode> {
         Command::Run(args) => run::run(&cx, args).await,
         Command::Exec(args) => exec::run(&cx, args).await,
         Command::Ls(args) => ls::run(&cx, args).await,
+        Command::Cp(args) => cp::run(&cx, args).await,
+        Command::Shell(args) => shell::run(&cx, args).await,
         Command::Pause(args) => transition::pause(&cx, args).await,
         Command::Resume(args) => transition::resume(&cx, args).await,
         Command::Fork(args) => fork::run(&cx, args).await,
         Command::Rm(args) => rm::run(&cx, args).await,
+        Command::Template(args) => template::run(&cx, args).await,
         Command::Pool(args) => pool::run(&cx, args).await,
         Command::Serve(_) | Command::Doctor | Command::Completions(_) | Command::Version => {
             unreachable!("handled without a client")
@@ -179,7 +191,7 @@ async fn talk(global: &Global, command: Command) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// Whether a command line that could not be parsed was meant for `run` or `exec`, whose codes below
+/// Whether a command line that could not be parsed was meant for `run`, `exec` or `shell`, whose codes below
 /// 125 belong to the remote command.
 fn runs_a_command(args: impl Iterator<Item = std::ffi::OsString>) -> bool {
     let mut args = args.map(|arg| arg.to_string_lossy().into_owned());
@@ -188,7 +200,7 @@ fn runs_a_command(args: impl Iterator<Item = std::ffi::OsString>) -> bool {
             "--url" | "--api-key" => {
                 args.next();
             }
-            "run" | "exec" => return true,
+            "run" | "exec" | "shell" => return true,
             flag if flag.starts_with('-') => {}
             _ => return false,
         }

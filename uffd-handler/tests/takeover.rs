@@ -17,6 +17,7 @@ const SERVICE: &str = "RETHAW_TEST_SERVICE";
 const PAGES: u64 = 8192;
 
 fn kill_pager(pid: i32) {
+    assert!(pid > 0, "zero would be this process group");
     kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
 }
 

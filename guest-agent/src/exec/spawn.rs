@@ -244,6 +244,12 @@ fn prepare(shared: &Shared<'_>) -> i32 {
         if plan.terminal && libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
             return STAGE_STREAMS;
         }
+        // The agent is spared when memory runs out; what it starts is not.
+        let fd = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY);
+        if fd >= 0 {
+            libc::write(fd, c"0".as_ptr().cast(), 1);
+            libc::close(fd);
+        }
         let groups = plan.groups.as_ptr();
         if libc::syscall(libc::SYS_setgroups, plan.groups.len(), groups) < 0
             || libc::syscall(libc::SYS_setresgid, plan.gid, plan.gid, plan.gid) < 0

@@ -22,7 +22,7 @@ impl Item for BootId {
         Ok(Reading::of(text.trim_end()))
     }
 
-    fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
+    async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
         let ours = context.agent.path(OURS);
         let dir = context.agent.path("/run/rethaw");
         fs::create_dir_all(dir).map_err(ItemError::io("make /run/rethaw"))?;

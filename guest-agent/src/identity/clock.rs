@@ -23,7 +23,7 @@ impl Item for Clock {
         Ok(reading)
     }
 
-    fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
+    async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
         context.host.set().map_err(ItemError::io("set the clock"))
     }
 

@@ -28,7 +28,7 @@ impl Item for Entropy {
         Ok(reading)
     }
 
-    fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
+    async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
         crate::entropy::reseed(&context.request.entropy.0).map_err(ItemError::io("reseed"))?;
         self.reseeded = true;
         Ok(())

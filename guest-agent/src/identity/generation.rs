@@ -21,7 +21,7 @@ impl Item for Generation {
         Ok(Reading::of(text.trim_end()))
     }
 
-    fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
+    async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
         fs::create_dir_all(context.agent.path(DIR)).map_err(ItemError::io("make /run/rethaw"))?;
         let contents = format!("{}\n", context.request.generation);
         write::replace(&context.agent.path(GENERATION), &contents, 0o644)

@@ -31,7 +31,7 @@ impl Item for MachineId {
         Ok(Reading::of(format!("{}\n{}", id.trim_end(), dbus.trim_end())))
     }
 
-    fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
+    async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
         let contents = format!("{}\n", context.request.machine_id);
         write::replace(&context.agent.path(MACHINE_ID), &contents, 0o444)?;
         let dbus = context.agent.path(DBUS);

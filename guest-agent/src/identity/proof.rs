@@ -101,7 +101,7 @@ pub trait Item {
     ///
     /// # Errors
     /// It cannot be set.
-    fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError>;
+    async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError>;
 
     /// Judges what was read before and after.
     ///
@@ -121,7 +121,7 @@ pub struct Verified {
 impl Verified {
     /// Reads back and judges; the only constructor.
     fn read_back(
-        item: &dyn Item,
+        item: &impl Item,
         context: &Context<'_>,
         old: &Reading,
     ) -> Result<Self, (String, ItemError)> {
@@ -139,27 +139,57 @@ impl Verified {
     }
 }
 
-/// Applies one item and reports it.
-pub fn run(item: &mut dyn Item, context: &Context<'_>) -> IdentityItem {
-    let name = item.name();
-    if let Some(reason) = item.not_applicable(context) {
-        return IdentityItem::skipped(name, reason);
+/// The report as it grows. After the first failure nothing more is applied.
+#[derive(Debug, Default)]
+pub struct Run {
+    items: Vec<IdentityItem>,
+    failed: bool,
+}
+
+impl Run {
+    /// Applies an item and reports it.
+    pub async fn item(&mut self, mut item: impl Item, context: &Context<'_>) {
+        if self.failed {
+            return;
+        }
+        let outcome = outcome(&mut item, context).await;
+        self.failed = !outcome.is_verified() && outcome.skipped.is_none();
+        self.items.push(outcome);
     }
+
+    /// The items, and whether one failed.
+    pub fn finish(self) -> (Vec<IdentityItem>, bool) {
+        (self.items, self.failed)
+    }
+}
+
+async fn outcome(item: &mut impl Item, context: &Context<'_>) -> IdentityItem {
+    let name = item.name();
     let Ok(started) = Instant::now() else {
         let error = "the monotonic clock cannot be read".to_owned();
         return IdentityItem::failed(name, Default::default(), error, 0);
     };
-    let injected = context.request.fail_item.as_deref() == Some(name);
-    let result = (|| {
-        let old = item.read(context).map_err(|e| (Default::default(), e))?;
-        let applied = if injected { Err(ItemError::Injected) } else { item.apply(context) };
-        applied.map_err(|e| ((old.digest(), String::new()), e))?;
-        Verified::read_back(item, context, &old).map_err(|(new, e)| ((old.digest(), new), e))
-    })();
-    match result {
+    if let Some(reason) = item.not_applicable(context) {
+        return IdentityItem::skipped(name, reason, started.micros());
+    }
+    match attempt(item, context).await {
         Ok(proof) => IdentityItem::proven(name, proof, started.micros()),
         Err((digests, error)) => {
             IdentityItem::failed(name, digests, error.to_string(), started.micros())
         }
     }
+}
+
+async fn attempt(
+    item: &mut impl Item,
+    context: &Context<'_>,
+) -> Result<Verified, ((String, String), ItemError)> {
+    let old = item.read(context).map_err(|e| (Default::default(), e))?;
+    let applied = if context.request.fail_item.as_deref() == Some(item.name()) {
+        Err(ItemError::Injected)
+    } else {
+        item.apply(context).await
+    };
+    applied.map_err(|e| ((old.digest(), String::new()), e))?;
+    Verified::read_back(item, context, &old).map_err(|(new, e)| ((old.digest(), new), e))
 }

@@ -23,7 +23,7 @@ impl Item for RandomSeed {
         }
     }
 
-    fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
+    async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
         match fs::remove_file(context.agent.path(SEED)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(ItemError::io(format!("remove {SEED}"))(error))

@@ -17,7 +17,7 @@ impl Item for Token {
         Ok(Reading::of(write::read(&context.agent.path(token::PATH))?))
     }
 
-    fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
+    async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
         match &context.request.access_token {
             Some(token) => token::store(context.agent, token),
             None => token::drop(context.agent),

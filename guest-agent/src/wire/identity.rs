@@ -141,13 +141,13 @@ impl IdentityItem {
     }
 
     /// An item there was nothing to do for.
-    pub(crate) fn skipped(item: &str, reason: String) -> Self {
+    pub(crate) fn skipped(item: &str, reason: String, micros: u64) -> Self {
         Self {
             item: item.to_owned(),
             old_digest: String::new(),
             new_digest: String::new(),
             verified: false,
-            micros: 0,
+            micros,
             error: None,
             skipped: Some(reason),
             details: BTreeMap::new(),

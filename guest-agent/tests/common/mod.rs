@@ -1,5 +1,6 @@
 //! An agent served in this process over a socket pair, and a client for it.
 
+#![allow(dead_code, reason = "each test file uses its part")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use guest_agent::agent::{Agent, Config};

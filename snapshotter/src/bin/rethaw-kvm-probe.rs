@@ -94,7 +94,7 @@ fn run() -> Result<(), String> {
         .map_err(|e| format!("KVM_SET_USER_MEMORY_REGION: {e}"))?;
     let mut vcpu = vm.create_vcpu(0).map_err(|e| format!("KVM_CREATE_VCPU: {e}"))?;
     long_mode(&kvm, &vcpu)?;
-    step(serde_json::json!({ "step": "created" }));
+    step(&serde_json::json!({ "step": "created" }));
 
     let started = Instant::now();
     let mut batches = 0;
@@ -114,19 +114,19 @@ fn run() -> Result<(), String> {
     };
     start_at(&vcpu, CODE + offset)?;
     expect_out(&mut vcpu, PORT_DONE)?;
-    step(serde_json::json!({ "step": "kernel_instructions" }));
+    step(&serde_json::json!({ "step": "kernel_instructions" }));
     Ok(())
 }
 
 fn speed(batches: u64, took: Duration) {
-    step(serde_json::json!({
+    step(&serde_json::json!({
         "step": "speed",
         "instructions": batches * INSTRUCTIONS_PER_BATCH,
         "micros": took.as_micros() as u64,
     }));
 }
 
-fn step(value: serde_json::Value) {
+fn step(value: &serde_json::Value) {
     use std::io::Write;
     let mut out = std::io::stdout();
     // A parent that is gone needs no answer.

@@ -10,7 +10,7 @@ use uffd_handler::supervisor::{MemoryPlan, Supervisor};
 
 use super::api::{ApiClient, ApiError, MemoryBackendType, NetworkOverride, SnapshotLoad};
 use super::home::{self, Access, Home};
-use super::spawn::{Console, SpawnSpec, Spawned, api_error, died, log_tail};
+use super::spawn::{Console, SpawnSpec, Spawned, died};
 use super::vm::{FirecrackerVm, Origin};
 use super::{COMMAND_DEADLINE, Firecracker, LOAD_DEADLINE, Limits, NIC, SCRATCH};
 use crate::process::set_nice;
@@ -90,17 +90,16 @@ impl Shell for FirecrackerShell {
                 return Err(died(&record.id, &record.run_dir, home, reason));
             }
         };
-        if let Err(e) = loaded {
-            return Err(with_log(e, &log_tail(&record.run_dir, home)));
-        }
+        loaded?;
         // They have done their work; nothing can connect or load a second time.
         home.forget(home::UFFD);
         home.forget(home::VMSTATE);
         phases.push(("load", started.elapsed()));
         if self.limits != Limits::default() {
             let since = Instant::now();
-            let limited = self.put_limits(api).await;
-            limited.map_err(|e| api_error(&record.id, "setting rate limits", e))?;
+            if let Err(e) = self.put_limits(api).await {
+                return Err(self.vm.explain("setting rate limits", e).await);
+            }
             phases.push(("limits", since.elapsed()));
         }
         Ok((Box::new(self.vm), phases))
@@ -117,8 +116,10 @@ impl FirecrackerShell {
         load.track_dirty_pages = self.track_dirty_pages;
         load.network_overrides =
             vec![NetworkOverride { iface_id: NIC.to_owned(), host_dev_name: self.tap.clone() }];
-        let loaded = api.load_snapshot(&load, LOAD_DEADLINE).await;
-        loaded.map_err(|e| api_error(&self.vm.record().id, "loading the snapshot", e))
+        match api.load_snapshot(&load, LOAD_DEADLINE).await {
+            Ok(()) => Ok(()),
+            Err(e) => Err(self.vm.explain("loading the snapshot", e).await),
+        }
     }
 
     /// Waits for `put` and gives the memory that comes meanwhile to the page server.
@@ -179,15 +180,5 @@ struct StopListening<'a>(&'a UnixListener);
 impl Drop for StopListening<'_> {
     fn drop(&mut self) {
         let _ = rustix::net::shutdown(self.0, rustix::net::Shutdown::Both);
-    }
-}
-
-/// Adds the log to errors that have room for one.
-fn with_log(error: VmmError, tail: &str) -> VmmError {
-    match error {
-        VmmError::Timeout { vmm, id, step, after, .. } => {
-            VmmError::Timeout { vmm, id, step, after, log: tail.to_owned() }
-        }
-        other => other,
     }
 }

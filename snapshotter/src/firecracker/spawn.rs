@@ -266,6 +266,29 @@ pub(super) fn died(id: &str, run_dir: &Path, home: &Home, reason: ExitReason) ->
     }
 }
 
+/// An API call failed; if that is because the process ended, says so instead.
+pub(super) async fn explain(
+    (id, run_dir): (&str, &Path),
+    spawned: &Spawned,
+    step: &'static str,
+    error: ApiError,
+) -> VmmError {
+    /// A socket breaks a moment before its process can be waited for.
+    const SOON: Duration = Duration::from_millis(200);
+    if matches!(error, ApiError::Io { .. })
+        && let Ok(reason) = tokio::time::timeout(SOON, spawned.process.exited()).await
+    {
+        return died(id, run_dir, &spawned.home, reason);
+    }
+    let tail = log_tail(run_dir, &spawned.home);
+    match api_error(id, step, error) {
+        VmmError::Timeout { vmm, id, step, after, .. } => {
+            VmmError::Timeout { vmm, id, step, after, log: tail }
+        }
+        other => other,
+    }
+}
+
 /// An API call failed.
 pub(super) fn api_error(id: &str, step: &'static str, error: ApiError) -> VmmError {
     let id = id.to_owned();

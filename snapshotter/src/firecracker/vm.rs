@@ -14,7 +14,9 @@ use uffd_handler::supervisor::Supervisor;
 use super::api::{ApiClient, ApiError, VmState};
 use super::home::{self, Home, Jail};
 use super::spawn::{Spawned, api_error, died};
-use super::{COMMAND_DEADLINE, Firecracker, JailConfig, KILL_DEADLINE, VMM, snapshot, vsock};
+use super::{
+    COMMAND_DEADLINE, Firecracker, JailConfig, KILL_DEADLINE, VMM, snapshot, spawn, vsock,
+};
 use crate::process::{ExitReason, Process, set_nice};
 use crate::vmm::{
     MachineSize, MemoryBackend, Priority, SnapshotFiles, Vm, VmRecord, VmmError, VmmKind,
@@ -90,14 +92,24 @@ impl FirecrackerVm {
         step: &'static str,
         call: impl Future<Output = Result<(), ApiError>>,
     ) -> Result<(), VmmError> {
-        let id = &self.record.id;
-        tokio::select! {
+        let done = tokio::select! {
             biased;
-            done = call => done.map_err(|e| api_error(id, step, e)),
+            done = call => done,
             reason = self.spawned.process.exited() => {
-                Err(died(id, &self.record.run_dir, &self.spawned.home, reason))
+                let VmRecord { id, run_dir, .. } = &self.record;
+                return Err(died(id, run_dir, &self.spawned.home, reason));
             }
+        };
+        match done {
+            Ok(()) => Ok(()),
+            Err(e) => Err(self.explain(step, e).await),
         }
+    }
+
+    /// What an API error means for this VM.
+    pub(super) async fn explain(&self, step: &'static str, error: ApiError) -> VmmError {
+        let VmRecord { id, run_dir, .. } = &self.record;
+        spawn::explain((id, run_dir), &self.spawned, step, error).await
     }
 }
 

@@ -19,7 +19,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-pub use body::{BoxBody, Frames, Next, counted, empty, full};
+pub use body::{BoxBody, Frames, Next, counted, empty, full, reason};
 pub use endpoint::{Endpoint, Stream};
 pub use error::{ClientError, Problem};
 pub use query::{encode, segment};
@@ -57,6 +57,11 @@ impl Client {
     /// The service's URL, for messages.
     pub fn url(&self) -> &str {
         &self.endpoint.url
+    }
+
+    /// Value of the `Host` header.
+    pub fn authority(&self) -> &str {
+        &self.endpoint.authority
     }
 
     /// A bare connection, for a protocol of its own.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
-use uffd_handler::pager::{PagerConfig, run};
+use uffd_handler::pager::{PagerConfig, SpinPolicy, run};
 
 /// Serves the memory of lazily restored VMs.
 #[derive(Parser)]
@@ -22,6 +22,9 @@ struct Arguments {
     /// Seconds to stay without a VM and without a service.
     #[arg(long, default_value_t = 30)]
     idle_exit_seconds: u64,
+    /// Microseconds to wait for a guest's next fault without sleeping; 0 always sleeps.
+    #[arg(long, default_value_t = 100)]
+    spin_micros: u64,
     /// Log filter, such as `info` or `uffd_handler=debug`.
     #[arg(long, default_value = "info")]
     log_level: String,
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
     let config = PagerConfig {
         socket: arguments.socket,
         idle_exit: Duration::from_secs(arguments.idle_exit_seconds),
+        spin: SpinPolicy::for_this_machine(Duration::from_micros(arguments.spin_micros)),
     };
     match run(&config, announce) {
         Ok(()) => ExitCode::SUCCESS,

@@ -10,6 +10,8 @@ mod layer_cache;
 mod serve;
 mod server;
 mod session;
+mod spin;
 mod vm;
 
 pub use server::{PagerConfig, PagerError, run};
+pub use spin::SpinPolicy;

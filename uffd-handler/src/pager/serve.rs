@@ -13,6 +13,7 @@ use nix::sys::time::TimeSpec;
 
 use super::answer::{Answer, PageBuffer};
 use super::session::{End, Session};
+use super::spin::{Spin, SpinPolicy};
 use crate::region::Unit;
 use crate::stats::Counter;
 use crate::uffd::{Message, RawMessage};
@@ -35,13 +36,15 @@ struct Parked {
 }
 
 /// Serves a VM until it ends.
-pub(super) fn serve(session: &Session) -> End {
+pub(super) fn serve(session: &Session, spin: SpinPolicy) -> End {
     let mut turn = Turn {
         session,
         messages: [RawMessage::default(); BATCH],
         buffer: PageBuffer::new(session),
         parked: Vec::with_capacity(MAX_PARKED),
         pause: PARK_PAUSE,
+        spin: Spin::new(spin),
+        unhandled: 0,
     };
     session.wake_all();
     loop {
@@ -63,15 +66,18 @@ struct Turn<'a> {
     buffer: PageBuffer,
     parked: Vec<Parked>,
     pause: Duration,
+    spin: Spin,
+    /// Messages that the wait has read already.
+    unhandled: usize,
 }
 
 impl Turn<'_> {
     /// One batch; false when there was nothing to do.
     fn work(&mut self) -> Result<bool, End> {
-        let count = self
-            .session
-            .read(&mut self.messages)
-            .map_err(|errno| End::Lost(format!("reading the userfaultfd: {}", errno.desc())))?;
+        let count = match std::mem::take(&mut self.unhandled) {
+            0 => self.read()?,
+            count => count,
+        };
         if count == 0 && self.parked.is_empty() {
             return Ok(false);
         }
@@ -97,10 +103,19 @@ impl Turn<'_> {
             self.retry()?;
         }
         self.session.demand.store(false, Ordering::Relaxed);
+        if count > 0 {
+            self.spin.fault(Instant::now());
+        }
         if self.parked.len() < before || self.parked.is_empty() {
             self.pause = PARK_PAUSE;
         }
         Ok(count > 0)
+    }
+
+    fn read(&mut self) -> Result<usize, End> {
+        self.session
+            .read(&mut self.messages)
+            .map_err(|errno| End::Lost(format!("reading the userfaultfd: {}", errno.desc())))
     }
 
     fn fault(&mut self, address: u64, write: bool, read_at: Instant) -> Result<(), End> {
@@ -147,6 +162,21 @@ impl Turn<'_> {
     /// Sleeps until there is something to do.
     fn wait(&mut self) -> Option<End> {
         let session = self.session;
+        if self.parked.is_empty() {
+            let (messages, unhandled) = (&mut self.messages, &mut self.unhandled);
+            // An error counts as something: the next turn meets and reports it.
+            let ready = self.spin.wait(|| match session.read(messages) {
+                Ok(0) => false,
+                Ok(count) => {
+                    *unhandled = count;
+                    true
+                }
+                Err(_) => true,
+            });
+            if ready {
+                return None;
+            }
+        }
         let timeout = (!self.parked.is_empty()).then(|| {
             let pause = self.pause;
             self.pause = (pause * 2).min(MAX_PARK_PAUSE);

@@ -17,6 +17,7 @@ use thiserror::Error;
 
 use super::layer_cache::LayerCache;
 use super::session::End;
+use super::spin::SpinPolicy;
 use super::vm::{Report, Vm, What};
 use crate::control::{
     self, Channel, ChannelError, Event, FromPager, PROTOCOL_VERSION, Registration, Reply, Request,
@@ -34,6 +35,8 @@ pub struct PagerConfig {
     pub socket: PathBuf,
     /// How long it stays without a VM and without a service.
     pub idle_exit: Duration,
+    /// How it waits for the next fault.
+    pub spin: SpinPolicy,
 }
 
 /// Why a page server ended that should not have.
@@ -80,6 +83,7 @@ pub fn run(config: &PagerConfig, ready: impl FnOnce()) -> Result<(), PagerError>
         cache: LayerCache::default(),
         relay,
         next_serial: 0,
+        spin: config.spin,
     };
     ready();
     server.serve(&wake, &inbox, config.idle_exit);
@@ -127,6 +131,7 @@ struct Server {
     cache: LayerCache,
     relay: Sender<Report>,
     next_serial: u64,
+    spin: SpinPolicy,
 }
 
 impl Server {
@@ -257,7 +262,7 @@ impl Server {
         }
         self.next_serial += 1;
         let serial = self.next_serial;
-        let vm = Vm::take(registration, fds, serial, &mut self.cache, &self.relay)
+        let vm = Vm::take(registration, fds, serial, &mut self.cache, &self.relay, self.spin)
             .map_err(|error| error.to_string())?;
         self.vms.insert(id, vm);
         Ok(())

@@ -12,6 +12,7 @@ use super::fill::{self, Unfilled};
 use super::layer_cache::LayerCache;
 use super::serve;
 use super::session::{End, Session};
+use super::spin::SpinPolicy;
 use crate::control::Registration;
 use crate::region::{self, RegionError, RegionMap};
 use crate::source::{MemoryLayers, SourceError};
@@ -72,6 +73,7 @@ impl Vm {
         serial: u64,
         cache: &mut LayerCache,
         reports: &Sender<Report>,
+        spin: SpinPolicy,
     ) -> Result<Self, TakeError> {
         let (stop, stop_writer) = std::io::pipe()?;
         let session = Arc::new(open_session(&registration, &fds, cache, stop)?);
@@ -89,7 +91,7 @@ impl Vm {
             }
         };
         let (vm, tell) = (session.clone(), report.clone());
-        start("faults", Box::new(move || tell(What::End(serve::serve(&vm)))))?;
+        start("faults", Box::new(move || tell(What::End(serve::serve(&vm, spin)))))?;
         if session.working_set.is_some() || session.graduate_after_millis.is_some() {
             start(
                 "fill",

@@ -98,6 +98,7 @@ pub(super) fn launch(config: &SupervisorConfig) -> Result<Running, StartError> {
         .arg("--socket")
         .arg(&config.socket)
         .args(["--idle-exit-seconds", &config.idle_exit.as_secs().max(1).to_string()])
+        .args(["--spin-micros", &config.spin.as_micros().to_string()])
         .args(["--log-level", &config.log_level])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

@@ -50,6 +50,9 @@ pub struct SupervisorConfig {
     /// How often a sign of life is asked for. A page server that owes one for as long is killed
     /// and replaced.
     pub heartbeat: Duration,
+    /// How long it waits for a guest's next fault without sleeping, within limits; zero always
+    /// sleeps.
+    pub spin: Duration,
 }
 
 impl SupervisorConfig {
@@ -63,6 +66,7 @@ impl SupervisorConfig {
             idle_exit: Duration::from_secs(30),
             deadline: Duration::from_secs(5),
             heartbeat: Duration::from_secs(1),
+            spin: Duration::from_micros(100),
         }
     }
 }

@@ -1,0 +1,177 @@
+//! Netlink without a library: requests are built and answers are taken apart by hand, because a
+//! restore has room for a dozen messages and for nothing else.
+
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto,
+    setsockopt, socket, sockopt::ReceiveTimeout,
+};
+use nix::sys::time::TimeVal;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+const HEADER: usize = 16;
+const ATTRIBUTE: usize = 4;
+const ERROR: u16 = libc::NLMSG_ERROR as u16;
+const DONE: u16 = libc::NLMSG_DONE as u16;
+/// The kernel answers at once; this is for a kernel that does not.
+const TIMEOUT_SECONDS: i64 = 2;
+/// Dumps come in pieces of at most this.
+const BUFFER: usize = 32 * 1024;
+
+/// A request being built.
+#[derive(Debug)]
+pub struct Request {
+    bytes: Vec<u8>,
+}
+
+impl Request {
+    /// A request of `kind` with `flags` besides those every request has.
+    pub fn new(kind: u16, flags: i32) -> Self {
+        let mut bytes = Vec::with_capacity(128);
+        let flags = (flags | libc::NLM_F_REQUEST) as u16;
+        bytes.extend(0u32.to_ne_bytes());
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(flags.to_ne_bytes());
+        bytes.extend([0; 8]);
+        Self { bytes }
+    }
+
+    /// Appends the fixed part that follows the header.
+    pub fn payload(mut self, payload: &[u8]) -> Self {
+        self.bytes.extend(payload);
+        self.align();
+        self
+    }
+
+    /// Appends an attribute.
+    pub fn attribute(mut self, kind: u16, value: &[u8]) -> Self {
+        self.bytes.extend(((ATTRIBUTE + value.len()) as u16).to_ne_bytes());
+        self.bytes.extend(kind.to_ne_bytes());
+        self.bytes.extend(value);
+        self.align();
+        self
+    }
+
+    fn align(&mut self) {
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+    }
+}
+
+/// A message of an answer: its kind, and what follows the header.
+#[derive(Debug)]
+pub struct Message {
+    /// Kind.
+    pub kind: u16,
+    /// Fixed part and attributes.
+    pub body: Vec<u8>,
+}
+
+impl Message {
+    /// The attributes that follow a fixed part of this size.
+    pub fn attributes(&self, fixed: usize) -> impl Iterator<Item = (u16, &[u8])> {
+        let mut rest = self.body.get(fixed.next_multiple_of(4)..).unwrap_or_default();
+        std::iter::from_fn(move || {
+            let length = usize::from(u16_at(rest, 0)?);
+            let kind = u16_at(rest, 2)?;
+            let value = rest.get(ATTRIBUTE..length)?;
+            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+            Some((kind, value))
+        })
+    }
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
+}
+
+/// The 32-bit number at `at`.
+pub fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+/// A netlink socket.
+#[derive(Debug)]
+pub struct Netlink {
+    socket: OwnedFd,
+    sequence: u32,
+}
+
+impl Netlink {
+    /// Opens a socket for one of netlink's families.
+    ///
+    /// # Errors
+    /// The kernel does not have it.
+    pub fn open(protocol: SockProtocol) -> io::Result<Self> {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
+        setsockopt(&socket, ReceiveTimeout, &TimeVal::new(TIMEOUT_SECONDS, 0))?;
+        Ok(Self { socket, sequence: 0 })
+    }
+
+    /// Sends a request that changes something and waits for the kernel's word.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn change(&mut self, mut request: Request) -> io::Result<()> {
+        let flags = u16_at(&request.bytes, 6).unwrap_or(0) | libc::NLM_F_ACK as u16;
+        request.bytes[6..8].copy_from_slice(&flags.to_ne_bytes());
+        self.send(request)?;
+        self.receive(|_| {})
+    }
+
+    /// Sends a request and collects the answer: one message, or all of a dump.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn ask(&mut self, mut request: Request) -> io::Result<Vec<Message>> {
+        let flags = u16_at(&request.bytes, 6).unwrap_or(0);
+        // A dump ends by itself; a single answer is followed by an acknowledgement.
+        if i32::from(flags) & libc::NLM_F_DUMP == 0 {
+            let flags = flags | libc::NLM_F_ACK as u16;
+            request.bytes[6..8].copy_from_slice(&flags.to_ne_bytes());
+        }
+        self.send(request)?;
+        let mut messages = Vec::new();
+        self.receive(|message| messages.push(message))?;
+        Ok(messages)
+    }
+
+    fn send(&mut self, mut request: Request) -> io::Result<()> {
+        self.sequence += 1;
+        let length = request.bytes.len() as u32;
+        request.bytes[0..4].copy_from_slice(&length.to_ne_bytes());
+        request.bytes[8..12].copy_from_slice(&self.sequence.to_ne_bytes());
+        let kernel = NetlinkAddr::new(0, 0);
+        sendto(self.socket.as_raw_fd(), &request.bytes, &kernel, MsgFlags::empty())?;
+        Ok(())
+    }
+
+    fn receive(&mut self, mut take: impl FnMut(Message)) -> io::Result<()> {
+        let mut buffer = vec![0; BUFFER];
+        loop {
+            let n = recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+            let mut rest = &buffer[..n];
+            while rest.len() >= HEADER {
+                let malformed = || io::Error::new(io::ErrorKind::InvalidData, "netlink message");
+                let length = u32_at(rest, 0).ok_or_else(malformed)? as usize;
+                let body = rest.get(HEADER..length).ok_or_else(malformed)?;
+                let kind = u16_at(rest, 4).ok_or_else(malformed)?;
+                let ours = u32_at(rest, 8) == Some(self.sequence);
+                rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+                match kind {
+                    // Left over from a request that was given up.
+                    _ if !ours => {}
+                    DONE => return Ok(()),
+                    ERROR => {
+                        let code = u32_at(body, 0).ok_or_else(malformed)? as i32;
+                        return match code {
+                            0 => Ok(()),
+                            code => Err(io::Error::from_raw_os_error(-code)),
+                        };
+                    }
+                    kind => take(Message { kind, body: body.to_vec() }),
+                }
+            }
+        }
+    }
+}

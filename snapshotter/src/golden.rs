@@ -134,6 +134,7 @@ pub async fn freeze(
         image: spec.image.key.clone(),
         image_digests: spec.image.digests.clone(),
         files: Default::default(),
+        memory_layers: Vec::new(),
         boot: Some(timings),
         frozen_identity: FrozenIdentity::default(),
     };
@@ -218,7 +219,8 @@ fn build_zero_map(draft: &Draft) -> Result<(), uffd_handler::sealed_file::Sealed
     uffd_handler::source::ZeroMap::scan(&memory)?.save(&draft.dir().join(ZERO_MAP))
 }
 
-/// Where a snapshot's memory is, for the page server.
+/// The memory of a snapshot that stands on nothing, for the page server. With `record`, demand
+/// faults are recorded and nothing is put in place ahead of them.
 pub fn memory_plan(dir: &Path, record: bool) -> MemoryPlan {
     let optional = |name: &str| {
         let path = dir.join(name);

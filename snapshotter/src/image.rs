@@ -8,7 +8,12 @@ use std::time::Duration;
 use serde::Deserialize;
 use tokio::io::{AsyncBufReadExt, BufReader};
 
-const BUILD_SCRIPT: &str = include_str!("../../scripts/build-image");
+/// The build, carried along so that an installed service needs no source tree.
+const SCRIPTS: &[(&str, &str)] = &[
+    ("build-image", include_str!("../../scripts/build-image")),
+    ("build-kernel", include_str!("../../scripts/build-kernel")),
+    ("kernel-min.config", include_str!("../../scripts/kernel-min.config")),
+];
 const FORMAT: u32 = 1;
 
 /// The longest an image build may take: it installs a distribution from a package mirror.
@@ -113,8 +118,10 @@ impl GuestImage {
         flavor: Flavor,
         mut progress: impl FnMut(&str) + Send,
     ) -> Result<Self, ImageError> {
+        let script = unpack_scripts(home)?;
         let mut child = tokio::process::Command::new("bash")
-            .args(["-c", BUILD_SCRIPT, "build-image", "--flavor", flavor.as_str()])
+            .arg(script)
+            .args(["--flavor", flavor.as_str()])
             .arg("--agent")
             .arg(agent)
             .arg("--home")
@@ -162,4 +169,16 @@ impl GuestImage {
         let dir = tokio::time::timeout(BUILD_DEADLINE, run).await.map_err(|_| ImageError::Timeout)??;
         Self::open(Path::new(dir.trim()))
     }
+}
+
+/// Writes the build's files below `home` and returns the one to run.
+fn unpack_scripts(home: &Path) -> std::io::Result<PathBuf> {
+    let dir = home.join("run").join("scripts");
+    std::fs::create_dir_all(&dir)?;
+    for (name, text) in SCRIPTS {
+        std::fs::write(dir.join(name), text)?;
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(dir.join(name), mode)?;
+    }
+    Ok(dir.join("build-image"))
 }

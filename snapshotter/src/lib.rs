@@ -1,6 +1,7 @@
 #![deny(unsafe_code)]
 //! Guest images, cold boot, the VMM drivers, and the snapshot format and store.
 
+pub mod delta;
 pub mod disk;
 pub mod firecracker;
 pub mod golden;

@@ -77,6 +77,9 @@ pub struct Manifest {
     pub image_digests: BTreeMap<String, String>,
     /// Files by name.
     pub files: BTreeMap<String, FileEntry>,
+    /// Names of this snapshot's own memory deltas, bottom first, on top of its parent's memory.
+    #[serde(default)]
+    pub memory_layers: Vec<String>,
     /// Boot times, for a golden VM.
     pub boot: Option<BootTimings>,
     /// The identity the guest had at that instant; no clone may keep it.

@@ -10,11 +10,11 @@ use sha2::{Digest, Sha256};
 use snapshotter::golden::{self, BakeError, GoldenSpec, Step};
 use snapshotter::image::{GuestImage, ImageError};
 use snapshotter::manifest::{FORMAT, Manifest, ManifestError, WORKING_SET};
-use snapshotter::store::PublishError;
 
 use super::db::{DbError, TemplateRow};
 use super::lifecycle::{self, RestoreError, RunDir};
 use super::template::{BASE, ReadyTemplate, Template, TemplateState};
+use super::workspace::WorkspaceError;
 use super::{Engine, ids};
 
 /// What a clone is expected to do first; its pages are the working set.
@@ -35,7 +35,7 @@ enum BaseError {
     #[error("working set: {0}")]
     WorkingSet(String),
     #[error(transparent)]
-    Publish(#[from] PublishError),
+    Publish(#[from] WorkspaceError),
     #[error(transparent)]
     Manifest(#[from] ManifestError),
     #[error(transparent)]
@@ -147,12 +147,7 @@ impl Engine {
         drop(run_dir);
         template.update(|s| s.message = "trying the snapshot".to_owned());
         self.trial(draft.dir(), &manifest, image).await?;
-        let store = self.store.clone();
-        let published = tokio::task::spawn_blocking(move || store.publish(draft, manifest)).await;
-        match published {
-            Ok(manifest) => Ok(manifest?),
-            Err(e) => std::panic::resume_unwind(e.into_panic()),
-        }
+        Ok(self.publish(draft, manifest).await?)
     }
 
     /// Restores the unpublished snapshot once, runs what users run first, and keeps the pages that

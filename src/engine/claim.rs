@@ -141,7 +141,7 @@ impl Engine {
             }
         };
         drop(under_way);
-        let created = self.register(vm, origin, &template.name, request, token, started).await?;
+        let created = self.register(vm, origin, template, request, token, started).await?;
         let labels = [("template", template.name.clone()), ("origin", origin.as_str().to_owned())];
         metrics::histogram!("rethaw_sandbox_acquire_duration_seconds", &labels)
             .record(started.elapsed().as_secs_f64());
@@ -153,7 +153,7 @@ impl Engine {
     }
 
     /// Gives the VM its token, environment and clock; a VM that does not take them is destroyed.
-    async fn hand_over(
+    pub(super) async fn hand_over(
         &self,
         mut vm: Reidentified,
         request: &CreateRequest,
@@ -183,11 +183,11 @@ impl Engine {
         }
     }
 
-    async fn register(
+    pub(super) async fn register(
         self: &Arc<Self>,
         vm: Reidentified,
         origin: Origin,
-        template: &str,
+        source: &ReadyTemplate,
         request: CreateRequest,
         token: String,
         started: Instant,
@@ -197,7 +197,7 @@ impl Engine {
         timings.insert("total".to_owned(), millis(started.elapsed()));
         let data = SandboxData {
             id: vm.id.clone(),
-            template: template.to_owned(),
+            template: source.name.clone(),
             origin,
             metadata: request.metadata,
             env: request.env,
@@ -208,6 +208,7 @@ impl Engine {
             token_sha256: hex::encode(Sha256::digest(token.as_bytes())),
             vmm: self.context.driver.kind().as_str().to_owned(),
             timings_ms: timings,
+            restored_from: source.snapshot.clone(),
             paused_in: None,
         };
         // Before the caller hears of it: a service killed from here on knows whose VM this is.

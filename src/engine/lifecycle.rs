@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use guest_agent::client::{AgentClient, AgentError};
-use guest_agent::wire::{ClaimReport, ClaimRequest, IdentityFailure, ProvenIdentity};
+use guest_agent::wire::{ClaimReport, ClaimRequest, IdentityFailure, ProvenIdentity, ResumeRequest};
 use snapshotter::disk;
 use snapshotter::vmm::{Driver, Nic, Priority, RestoreSpec, Shell, Vm, VmmError};
 
@@ -180,11 +180,18 @@ struct Common {
     identity: Identity,
     timings: Timings,
     db: Db,
+    // A paused sandbox's row must survive a failed attempt to bring it back.
+    keep_row: bool,
 }
 
 impl Common {
     fn time(&mut self, phase: &str, since: Instant) {
         self.timings.insert(phase.to_owned(), millis(since.elapsed()));
+    }
+
+    /// Forgets a VM that was given up.
+    async fn forget(&self) -> Result<(), DbError> {
+        if self.keep_row { Ok(()) } else { self.db.vm_gone(&self.id).await }
     }
 
     fn agent_error(&self, step: &'static str, source: AgentError) -> RestoreError {
@@ -244,7 +251,14 @@ impl Spawned {
         let id = ids::new_id();
         let started = Instant::now();
         context.db.vm_starting(&id, &template.name, &template.snapshot).await?;
-        match Self::spawn_inner(context, template, background, &id, started).await {
+        let common = Common {
+            identity: Identity::mint(&id),
+            id: id.clone(),
+            timings: Timings::new(),
+            db: context.db.clone(),
+            keep_row: false,
+        };
+        match Self::start(context, template, background, common, started).await {
             Ok(spawned) => Ok(spawned),
             Err(e) => {
                 context.db.vm_gone(&id).await?;
@@ -253,28 +267,44 @@ impl Spawned {
         }
     }
 
-    async fn spawn_inner(
+    /// Starts the VMM process of a paused sandbox, which is in the database and has an identity.
+    pub async fn respawn(
+        context: &RestoreContext,
+        source: &ReadyTemplate,
+        id: &str,
+        identity: Identity,
+    ) -> Result<Self, RestoreError> {
+        let common = Common {
+            id: id.to_owned(),
+            identity,
+            timings: Timings::new(),
+            db: context.db.clone(),
+            keep_row: true,
+        };
+        Self::start(context, source, false, common, Instant::now()).await
+    }
+
+    async fn start(
         context: &RestoreContext,
         template: &ReadyTemplate,
         background: bool,
-        id: &str,
+        mut common: Common,
         started: Instant,
     ) -> Result<Self, RestoreError> {
-        let mut timings = Timings::new();
         let file = |what, path: &Path| {
             let path = path.to_owned();
             move |source| RestoreError::File { what, path, source }
         };
-        let dir = RunDir::create(&context.run, id).map_err(file("cannot make", &context.run))?;
+        let dir = RunDir::create(&context.run, &common.id).map_err(file("cannot make", &context.run))?;
         let (from, to) = (template.scratch.clone(), dir.scratch());
         let copied = tokio::task::spawn_blocking(move || disk::clone_file(&from, &to)).await;
         copied
             .map_err(std::io::Error::other)
             .and_then(|inner| inner)
             .map_err(file("cannot copy", &template.scratch))?;
-        timings.insert("disk".to_owned(), millis(started.elapsed()));
+        common.time("disk", started);
         let spec = RestoreSpec {
-            id: id.to_owned(),
+            id: common.id.clone(),
             run_dir: dir.path().to_owned(),
             vmstate: template.vmstate.clone(),
             memory: template.memory.clone(),
@@ -287,9 +317,7 @@ impl Spawned {
             background,
         };
         let shell = context.driver.prepare(&spec).await?;
-        let identity = Identity::mint(id);
-        context.db.vm_spawned(&shell.record(), &identity).await?;
-        let common = Common { id: id.to_owned(), identity, timings, db: context.db.clone() };
+        context.db.vm_spawned(&shell.record(), &common.identity).await?;
         Ok(Self { shell, dir, common })
     }
 
@@ -305,7 +333,7 @@ impl Spawned {
             }
             Err(e) => {
                 drop(dir);
-                common.db.vm_gone(&common.id).await?;
+                common.forget().await?;
                 Err(e.into())
             }
         }
@@ -331,7 +359,7 @@ impl Loaded {
             Err(e) => {
                 vm.kill().await;
                 drop((vm, dir));
-                common.db.vm_gone(&common.id).await?;
+                common.forget().await?;
                 Err(e)
             }
         }
@@ -368,7 +396,31 @@ impl Resumed {
                 }
                 tracing::error!(vm = %common.id, "{e}");
                 machine.destroy().await;
-                common.db.vm_gone(&common.id).await?;
+                common.forget().await?;
+                Err(e)
+            }
+        }
+    }
+}
+
+impl Resumed {
+    /// Brings back a paused sandbox: new random numbers, clock and token, the identity it had.
+    pub async fn revive(
+        self,
+        request: &ResumeRequest,
+        deadline: Duration,
+    ) -> Result<(Machine, Timings), RestoreError> {
+        let Self { machine, mut common } = self;
+        let started = Instant::now();
+        match machine.agent.resume(request, deadline).await {
+            Ok(_) => {
+                common.time("revive", started);
+                Ok((machine, common.timings))
+            }
+            Err(source) => {
+                let e = common.agent_error("resume", source);
+                machine.destroy().await;
+                common.forget().await?;
                 Err(e)
             }
         }

@@ -13,14 +13,17 @@
 mod bake;
 mod claim;
 pub mod db;
+mod fork;
 pub mod identity;
 pub mod ids;
 pub mod lifecycle;
+mod pause;
 mod pool;
 mod recover;
 pub mod sandbox;
 pub mod template;
 mod ttl;
+mod workspace;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -34,9 +37,10 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use uffd_handler::supervisor::Supervisor;
 
-pub use claim::{CreateError, CreateRequest};
+pub use claim::{CreateError, CreateRequest, Created};
 use db::{Db, DbError};
 use lifecycle::RestoreContext;
+pub use pause::TransitionError;
 pub use pool::PoolNumbers;
 use pool::Pool;
 use sandbox::{Sandbox, State};
@@ -294,6 +298,10 @@ impl Engine {
         self.expiries.clear(&id);
         self.sandboxes.remove(&id);
         self.context.db.vm_gone(&id).await?;
+        let data = sandbox.data();
+        for snapshot in data.paused_in.iter().chain([&data.restored_from]) {
+            self.drop_workspace(snapshot);
+        }
         metrics::counter!("rethaw_sandboxes_gone_total", "reason" => reason).increment(1);
         tracing::info!(sandbox = %id, reason, "sandbox gone");
         Ok(())

@@ -107,6 +107,8 @@ pub struct SandboxData {
     pub vmm: String,
     /// Phases of the request that made or resumed it.
     pub timings_ms: Timings,
+    /// Snapshot its machine was restored from: its template's, or a workspace's.
+    pub restored_from: String,
     /// Snapshot it is paused in.
     #[serde(default)]
     pub paused_in: Option<String>,

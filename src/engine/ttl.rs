@@ -3,12 +3,15 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
 use super::Engine;
 use super::sandbox::OnTimeout;
+
+/// When a sandbox that could not be paused at its expiry is tried again.
+const PAUSE_RETRY: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Default)]
 struct Deadlines {
@@ -92,18 +95,17 @@ impl Engine {
 
     async fn expire(self: Arc<Self>, id: &str) {
         let Ok(sandbox) = self.sandbox(id) else { return };
-        match sandbox.data().on_timeout {
-            OnTimeout::Kill => {
-                if let Err(e) = self.remove(sandbox, "expired").await {
-                    tracing::warn!(sandbox = id, "expiry: {e}");
-                }
+        if sandbox.data().on_timeout == OnTimeout::Pause {
+            match self.pause(id).await {
+                Ok(_) => return,
+                Err(e) => tracing::error!(sandbox = id, "pause at expiry: {e}"),
             }
-            OnTimeout::Pause => {
-                tracing::warn!(sandbox = id, "expiry with pause is not possible; deleting it");
-                if let Err(e) = self.remove(sandbox, "expired").await {
-                    tracing::warn!(sandbox = id, "expiry: {e}");
-                }
-            }
+            // Not deleted: its user asked to keep it. It gets another try.
+            self.expiries.set(id, Instant::now() + PAUSE_RETRY);
+            return;
+        }
+        if let Err(e) = self.remove(sandbox, "expired").await {
+            tracing::warn!(sandbox = id, "expiry: {e}");
         }
     }
 }

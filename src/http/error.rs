@@ -13,7 +13,7 @@ use serde_json::json;
 use super::request_id;
 use crate::engine::db::DbError;
 use crate::engine::lifecycle::RestoreError;
-use crate::engine::{CreateError, SandboxError};
+use crate::engine::{CreateError, SandboxError, TransitionError};
 
 /// An error on its way to the user.
 #[derive(Debug)]
@@ -48,6 +48,15 @@ impl ApiError {
     /// A field's value is not acceptable. `message` names the field and what would be right.
     pub fn invalid(message: impl Into<String>) -> Self {
         Self::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid_field", message)
+    }
+
+    /// What a part of a reply shows for this error.
+    pub fn as_part(&self) -> serde_json::Value {
+        json!({
+            "code": self.status.as_u16(),
+            "message": self.message,
+            "error_code": self.error_code,
+        })
     }
 
     /// No such route.
@@ -149,6 +158,19 @@ impl From<RestoreError> for ApiError {
             _ => "restore_failed",
         };
         Self::new(StatusCode::SERVICE_UNAVAILABLE, code, message).retry_after(1)
+    }
+}
+
+impl From<TransitionError> for ApiError {
+    fn from(e: TransitionError) -> Self {
+        match e {
+            TransitionError::Sandbox(e) => e.into(),
+            TransitionError::Restore(e) => e.into(),
+            TransitionError::Db(e) => e.into(),
+            TransitionError::Workspace(e) => {
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "workspace_failed", e.to_string())
+            }
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 //! /healthz /readyz /metrics            ops.rs       no key needed
 //! /v1/info                             ops.rs
 //! /v1/sandboxes[/{id}[/timeout]]       sandboxes.rs
+//! /v1/sandboxes/{id}/{pause,resume,fork}  transitions.rs
 //! /v1/sandboxes/{id}/exec              exec.rs
 //! /v1/sandboxes/{id}/files             files.rs
 //! /v1/templates[/{name}]               templates.rs
@@ -22,6 +23,7 @@ mod pools;
 mod request_id;
 mod sandboxes;
 mod templates;
+mod transitions;
 
 use std::sync::Arc;
 
@@ -56,6 +58,9 @@ pub fn router(app: App) -> Router {
         .route("/sandboxes", get(sandboxes::list).post(sandboxes::create))
         .route("/sandboxes/{id}", get(sandboxes::get).delete(sandboxes::delete))
         .route("/sandboxes/{id}/timeout", post(sandboxes::set_timeout))
+        .route("/sandboxes/{id}/pause", post(transitions::pause))
+        .route("/sandboxes/{id}/resume", post(transitions::resume))
+        .route("/sandboxes/{id}/fork", post(transitions::fork))
         .route("/sandboxes/{id}/exec", post(exec::exec))
         .route("/templates", get(templates::list))
         .route("/templates/{name}", get(templates::get))

@@ -1,5 +1,6 @@
 //! A spawned QEMU that waits for its device state, with its memory already at the page server.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use uffd_handler::supervisor::Supervisor;
 
 use super::args::{MEMORY_FD, Machine, Memory, Start, VMSTATE_FD};
 use super::qmp::Qmp;
-use super::vm::{GuestMemory, QemuVm, nice};
+use super::vm::{GuestMemory, LAYERS, QemuVm, nice};
 use super::{COMMAND_DEADLINE, Qemu, START_DEADLINE, STATE_DEADLINE, VMM};
 use crate::process::{Process, set_nice};
 use crate::vmm::{
@@ -77,7 +78,7 @@ pub(super) async fn prepare(driver: &Qemu, spec: &RestoreSpec) -> Result<QemuShe
         run_dir: spec.run_dir.clone(),
         backend: spec.backend,
         size: spec.size,
-        details: Default::default(),
+        details: details(spec),
     };
     let registered = async {
         match listener {
@@ -94,6 +95,12 @@ pub(super) async fn prepare(driver: &Qemu, spec: &RestoreSpec) -> Result<QemuShe
     let _ = std::fs::remove_file(&uffd_socket);
     let spawn_time = started.elapsed();
     Ok(QemuShell { record, process, qmp, memory, pager, spawn_time })
+}
+
+/// What a later service needs to know to snapshot this VM.
+fn details(spec: &RestoreSpec) -> BTreeMap<String, String> {
+    let layers = serde_json::to_string(&spec.memory.layers).unwrap_or_default();
+    BTreeMap::from([(LAYERS.to_owned(), layers)])
 }
 
 fn guest_memfd(spec: &RestoreSpec) -> std::io::Result<File> {

@@ -11,13 +11,18 @@ use guest_agent::client::{AgentClient, AgentError};
 use serde_json::json;
 use tokio::io::AsyncReadExt;
 use tokio::sync::broadcast;
+use uffd_handler::source::LayerFiles;
 use uffd_handler::supervisor::Supervisor;
 
 use super::args::MEMORY_FD;
 use super::qmp::{Event, Qmp};
 use super::{COMMAND_DEADLINE, KILL_DEADLINE, STATE_DEADLINE, VMM};
+use crate::{delta, manifest};
 use crate::process::{ExitReason, Process, set_nice};
 use crate::vmm::{MemoryBackend, Priority, SnapshotFiles, Vm, VmRecord, VmmError};
+
+/// Key in [`VmRecord::details`]: the layers of a restored VM's memory, JSON.
+pub(super) const LAYERS: &str = "memory_layers";
 
 /// How this process can get at the guest's memory.
 #[derive(Debug, Clone)]
@@ -64,6 +69,18 @@ impl QemuVm {
         pager: Option<Arc<Supervisor>>,
     ) -> Self {
         Self { record, process, qmp, memory, pager }
+    }
+
+    /// The chain of layers the VM was restored from, as noted in its record.
+    fn layers(&self) -> Result<Vec<LayerFiles>, VmmError> {
+        let noted = self.record.details.get(LAYERS).map(|text| serde_json::from_str(text));
+        match noted {
+            Some(Ok(layers)) => Ok(layers),
+            _ => Err(VmmError::Memory {
+                id: self.record.id.clone(),
+                message: "what it was restored from is not noted".to_owned(),
+            }),
+        }
     }
 
     async fn command(&self, name: &str, arguments: serde_json::Value) -> Result<(), VmmError> {
@@ -144,13 +161,31 @@ impl Vm for QemuVm {
         let started = Instant::now();
         let vmstate = into.join("vmstate.bin");
         self.write_vmstate(&vmstate).await?;
-        let phases = vec![("vmstate", started.elapsed())];
+        let mut phases = vec![("vmstate", started.elapsed())];
         match &self.memory {
             GuestMemory::OnFile => {
                 Ok(SnapshotFiles { vmstate, memory: None, delta: None, phases })
             }
-            GuestMemory::Memfd(_) | GuestMemory::Private => Err(VmmError::Unsupported(
-                "snapshot of a restored QEMU VM".to_owned(),
+            GuestMemory::Memfd(memfd) => {
+                let started = Instant::now();
+                let (memfd, layers) = (Arc::clone(memfd), self.layers()?);
+                let data = into.join(manifest::DELTA);
+                let path = data.clone();
+                let work = move || delta::write(&memfd, &layers, &path);
+                let written = tokio::task::spawn_blocking(work).await;
+                let failed = |message: String| VmmError::Memory {
+                    id: self.record.id.clone(),
+                    message,
+                };
+                let summary = written.map_err(|e| failed(e.to_string()))?;
+                summary.map_err(|e| failed(e.to_string()))?;
+                phases.push(("memory", started.elapsed()));
+                Ok(SnapshotFiles { vmstate, memory: None, delta: Some(data), phases })
+            }
+            GuestMemory::Private => Err(VmmError::Unsupported(
+                "a VM with privately mapped memory cannot be snapshotted: QEMU's memory is not \
+                 readable from outside"
+                    .to_owned(),
             )),
         }
     }

@@ -1,0 +1,107 @@
+//! Forks: clones of a running sandbox, each a machine of its own.
+//!
+//! The source stands still once, for as long as its state takes to be written; the clones are
+//! restored while it runs on. A clone's identity is proven before it is handed out, like any
+//! other's.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::Engine;
+use super::claim::{CreateError, CreateRequest, Created};
+use super::lifecycle;
+use super::pause::{TransitionError, expect};
+use super::sandbox::{Origin, Sandbox, State};
+use super::template::ReadyTemplate;
+use super::workspace::Scratch;
+
+impl Engine {
+    /// Makes `count` clones of a sandbox; each succeeds or fails on its own.
+    pub async fn fork(
+        self: &Arc<Self>,
+        id: &str,
+        count: u32,
+    ) -> Result<Vec<Result<Created, CreateError>>, TransitionError> {
+        let sandbox = self.sandbox(id)?;
+        let engine = Arc::clone(self);
+        let work = tokio::spawn(async move { engine.fork_now(&sandbox, count).await });
+        match work.await {
+            Ok(done) => done,
+            Err(e) => std::panic::resume_unwind(e.into_panic()),
+        }
+    }
+
+    async fn fork_now(
+        self: &Arc<Self>,
+        sandbox: &Arc<Sandbox>,
+        count: u32,
+    ) -> Result<Vec<Result<Created, CreateError>>, TransitionError> {
+        let snapshot = self.freeze_for_fork(sandbox).await?;
+        let source = Arc::new(self.resolve_workspace(&sandbox.data().template, &snapshot)?);
+        let mut clones = Vec::new();
+        // One after the other: on few cores, clones restored at once only slow each other down.
+        for _ in 0..count {
+            clones.push(self.clone_one(sandbox, &source).await);
+        }
+        // Goes when the last clone that stands on it goes; at once if there is none.
+        self.drop_workspace(&snapshot);
+        Ok(clones)
+    }
+
+    /// Stops the source, writes it, lets it run on; returns the published snapshot.
+    async fn freeze_for_fork(&self, sandbox: &Sandbox) -> Result<String, TransitionError> {
+        let mut slot = sandbox.machine.lock().await;
+        let machine = expect(sandbox, slot.as_ref(), State::Running, "fork")?;
+        let started = Instant::now();
+        let data = sandbox.data();
+        let (base, source) = self.source_of(&data.template, &data.restored_from)?;
+        sandbox.set_state(State::Pausing);
+        sandbox.set_agent(None);
+        let written = async {
+            self.freeze(machine, &data.id).await?;
+            let written = self.write_workspace(machine, &base, &source, Scratch::Copy).await;
+            Ok::<_, TransitionError>(written?)
+        };
+        let written = written.await;
+        let thawed = self.thaw(machine).await;
+        metrics::histogram!("rethaw_fork_stop_duration_seconds")
+            .record(started.elapsed().as_secs_f64());
+        sandbox.set_state(State::Running);
+        match thawed {
+            Ok(agent) => {
+                sandbox.set_agent(Some(agent.clone()));
+                if let Some(machine) = slot.as_mut() {
+                    machine.agent = agent;
+                }
+            }
+            Err(e) => {
+                tracing::error!(sandbox = %data.id, "source of a fork cannot be thawed: {e}");
+                machine.vm.kill().await;
+                return Err(e.into());
+            }
+        }
+        drop(slot);
+        let (draft, manifest) = written?;
+        Ok(self.publish(draft, manifest).await?.id)
+    }
+
+    async fn clone_one(
+        self: &Arc<Self>,
+        sandbox: &Sandbox,
+        source: &Arc<ReadyTemplate>,
+    ) -> Result<Created, CreateError> {
+        let started = Instant::now();
+        let data = sandbox.data();
+        let request = CreateRequest {
+            template: data.template.clone(),
+            timeout: Duration::from_secs(data.timeout_seconds),
+            on_timeout: data.on_timeout,
+            metadata: data.metadata,
+            env: data.env,
+        };
+        let token = super::ids::new_secret("sbx");
+        let vm = lifecycle::restore(&self.context, source, false).await?;
+        let vm = self.hand_over(vm, &request, &token, started).await?;
+        self.register(vm, Origin::Forked, source, request, token, started).await
+    }
+}

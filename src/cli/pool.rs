@@ -18,7 +18,7 @@ use super::{Context, output, sandbox};
   rethaw pool set base 16
   rethaw pool set py312 0
 
-Related: template, top.")]
+Related: template, ls.")]
 pub struct PoolArgs {
     #[command(subcommand)]
     command: PoolCommand,

@@ -193,6 +193,10 @@ fn cp_tells_files_from_folders() {
     assert_eq!(std::fs::read(dir.path().join("file")).unwrap(), b"contents");
     assert!(service.rethaw(&["cp", &format!("{ID}:/folder"), local]).status.success());
     assert_eq!(std::fs::read(dir.path().join("folder/inner")).unwrap(), b"x");
+    let contents = dir.path().join("contents");
+    let done = service.rethaw(&["cp", &format!("{ID}:/folder/."), contents.to_str().unwrap()]);
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    assert!(contents.join("inner").exists());
     assert_eq!(service.rethaw(&["cp", &format!("{ID}:/file"), "-"]).stdout, b"contents");
 
     let file = dir.path().join("file");

@@ -10,7 +10,7 @@ use tokio::io::AsyncWriteExt;
 
 use super::super::client::{Client, ClientError, Frames, IDLE, QUICK, empty, encode};
 use super::super::{Context, output, sandbox};
-use super::place::{Place, remote_name};
+use super::place::{Place, remote_name, remote_plain};
 use super::upload::TAR;
 use super::{CpArgs, progress, unpack};
 
@@ -82,7 +82,7 @@ async fn get(
     path: &str,
     accept: &str,
 ) -> Result<Response<Incoming>, ClientError> {
-    let uri = format!("/v1/sandboxes/{id}/files?path={}", encode(path));
+    let uri = format!("/v1/sandboxes/{id}/files?path={}", encode(remote_plain(path)));
     let request = client.request(Method::GET, &uri).header(ACCEPT, accept).body(empty());
     client.send(request.map_err(|e| client.bad_request(&e))?, QUICK).await
 }

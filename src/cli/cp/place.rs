@@ -59,9 +59,21 @@ pub fn remote_name(path: &str) -> Option<&str> {
     (!name.is_empty() && name != "." && name != "..").then_some(name)
 }
 
+/// A path without what only says how it is meant: the service refuses `.` in a path, and takes one
+/// that ends with a slash for a folder.
+pub fn remote_plain(mut path: &str) -> &str {
+    while path.len() > 1 {
+        match path.strip_suffix("/.").or_else(|| path.strip_suffix('/')) {
+            Some("") | None => break,
+            Some(shorter) => path = shorter,
+        }
+    }
+    if path == "/." { "/" } else { path }
+}
+
 /// `dir/name` in a sandbox.
 pub fn remote_join(dir: &str, name: &str) -> String {
-    format!("{}/{name}", dir.trim_end_matches('/'))
+    format!("{}/{name}", remote_plain(dir).trim_end_matches('/'))
 }
 
 #[cfg(test)]
@@ -90,7 +102,19 @@ mod tests {
         for nameless in ["/", "/a/.", "/a/..", "//"] {
             assert_eq!(remote_name(nameless), None, "{nameless}");
         }
+        for (path, plain) in [
+            ("/a/b/.", "/a/b"),
+            ("/a/b//", "/a/b"),
+            ("/a/./", "/a"),
+            ("/.", "/"),
+            ("/", "/"),
+            ("/.hidden", "/.hidden"),
+            ("/a/..", "/a/.."),
+        ] {
+            assert_eq!(remote_plain(path), plain);
+        }
         assert_eq!(remote_join("/", "x"), "/x");
         assert_eq!(remote_join("/a/", "x"), "/a/x");
+        assert_eq!(remote_join("/a/.", "x"), "/a/x");
     }
 }

@@ -16,7 +16,7 @@ use tokio_util::io::ReaderStream;
 use super::super::client::{Client, IDLE, counted, encode};
 use super::super::{Context, sandbox};
 use super::download;
-use super::place::{Place, remote_join};
+use super::place::{Place, remote_join, remote_name, remote_plain};
 use super::{CpArgs, PIECE, pack, progress};
 
 /// Longest silence of standard input: whoever writes it may have to compute it.
@@ -64,6 +64,8 @@ pub async fn run(
             upload.send(path, TAR, None, None, input).await
         }
         _ => {
+            let named = remote_name(path).is_some() && !path.ends_with('/');
+            anyhow::ensure!(named, "standard input has no name: add one to {path}");
             let input = ReaderStream::with_capacity(tokio::io::stdin(), PIECE);
             upload.send(path, BYTES, None, None, input).await
         }
@@ -137,7 +139,8 @@ impl Upload<'_> {
         mode: Option<u32>,
         contents: impl Stream<Item = std::io::Result<Bytes>> + Send + 'static,
     ) -> anyhow::Result<u64> {
-        let mut uri = format!("/v1/sandboxes/{}/files?path={}", self.id, encode(target));
+        let mut uri =
+            format!("/v1/sandboxes/{}/files?path={}", self.id, encode(remote_plain(target)));
         if let Some(mode) = mode {
             uri.push_str(&format!("&mode={mode:o}"));
         }

@@ -307,6 +307,12 @@ impl Supervisor {
             tracing::debug!(%error, "ending the page server");
         }
         self.shared.reap(end);
+        // Nobody listens there any more; the next page server makes its own.
+        if let Err(error) = std::fs::remove_file(&self.shared.config.socket)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(%error, "removing the page server's socket");
+        }
     }
 }
 

@@ -1,0 +1,17 @@
+//! End to end: the real service with real VMs, asked over HTTP and through the command line.
+//!
+//! Each test starts a service of its own in a home of its own. Guest image and golden snapshot are
+//! made once and shared; see [`home`]. At most two tests run at a time, because a service with its
+//! VMs keeps a small machine busy by itself. No test asserts on how long something took: waits have
+//! generous deadlines and end at the event.
+
+#![allow(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
+
+mod client;
+mod home;
+mod process;
+mod service;
+
+mod exec;
+mod files;
+mod sandboxes;

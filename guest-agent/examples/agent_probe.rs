@@ -2,7 +2,9 @@
 //! one VM, and for measuring what each call costs in it.
 //!
 //! ```text
-//! agent_probe SOCKET boot|health|settle|freeze|resume|identity|claim|exec ARGV... [-n COUNT]
+//! agent_probe SOCKET boot|health|settle|freeze|resume|identity|claim [-n COUNT]
+//! agent_probe SOCKET put FILE PATH
+//! agent_probe SOCKET exec ARGV... [-n COUNT]
 //! ```
 
 use guest_agent::client::AgentClient;
@@ -114,6 +116,12 @@ async fn once(
                 ..Default::default()
             };
             serde_json::to_string(&client.claim(&request, DEADLINE).await?)?
+        }
+        "put" if what.len() == 3 => {
+            let uri = format!("/files?path={}&mode=755", what[2]);
+            let body = guest_agent::client::full_body(std::fs::read(&what[1])?);
+            let request = hyper::http::Request::put(uri).body(body)?;
+            client.send(request).await?.status().to_string()
         }
         "exec" => return exec(client, &what[1..], show).await,
         other => return Err(format!("unknown call {other}").into()),

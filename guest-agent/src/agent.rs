@@ -5,6 +5,9 @@
 //!   \--- freeze ---> Frozen -- identity or resume --> Live
 //!                    Settled, Frozen -- identity fails --> IdentityFailed (for good)
 //! ```
+//!
+//! The state is kept in a file as well: an agent that is started again, in a machine that waits for
+//! its identity, must not take it for a live one.
 
 use crate::cgroup::Workload;
 use crate::exec::Processes;
@@ -12,7 +15,13 @@ use crate::server::ApiError;
 use crate::wire::{AgentState, Health, codes};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
+
+/// Where the state outlives the agent; gone with the next boot, as it should be.
+const STATE: &str = "/run/rethaw/state";
+const GENERATION: &str = "/run/rethaw/generation";
 
 /// Where the agent finds the system it looks after.
 #[derive(Debug, Clone)]
@@ -46,13 +55,26 @@ pub struct Agent {
     pub processes: Processes,
 }
 
+fn under(root: &Path, path: &str) -> PathBuf {
+    root.join(path.trim_start_matches('/'))
+}
+
 impl Agent {
-    /// An agent of a machine that has just booted.
+    /// An agent of a machine that has just booted, or the successor of one that has ended.
     pub fn new(config: Config) -> Self {
+        let read = |path: &str| fs::read_to_string(under(&config.root, path)).ok();
+        // A state that cannot be understood is none that commands may be run in.
+        let state = read(STATE).map_or(AgentState::Live, |text| {
+            serde_json::from_str(&text).unwrap_or(AgentState::IdentityFailed)
+        });
+        let generation = match state {
+            AgentState::Live => read(GENERATION).map(|text| text.trim_end().to_owned()),
+            _ => None,
+        };
         Self {
             root: config.root,
-            state: Cell::new(AgentState::Live),
-            generation: RefCell::new(None),
+            state: Cell::new(state),
+            generation: RefCell::new(generation),
             env: RefCell::new(BTreeMap::new()),
             workload: Workload::new(config.cgroup),
             processes: Processes::default(),
@@ -66,7 +88,7 @@ impl Agent {
 
     /// Where `path`, which is absolute, lies under the prefix.
     pub fn path(&self, path: &str) -> PathBuf {
-        self.root.join(path.trim_start_matches('/'))
+        under(&self.root, path)
     }
 
     /// What the agent will do now.
@@ -75,8 +97,21 @@ impl Agent {
     }
 
     /// Enters another state.
-    pub fn set_state(&self, state: AgentState) {
+    ///
+    /// # Errors
+    /// It cannot be kept; the agent is in the old one still.
+    pub fn set_state(&self, state: AgentState) -> io::Result<()> {
+        let path = self.path(STATE);
+        let text = serde_json::to_string(&state)?;
+        match fs::write(&path, &text) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                fs::create_dir_all(self.path("/run/rethaw"))?;
+                fs::write(&path, &text)?;
+            }
+            result => result?,
+        }
         self.state.set(state);
+        Ok(())
     }
 
     /// Refuses unless commands and files may be served.

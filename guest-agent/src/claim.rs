@@ -50,7 +50,7 @@ pub fn resume(agent: &Agent, request: ResumeRequest) -> Result<ClaimReport, ApiE
         if agent.workload.is_frozen()? {
             return Err(ApiError::internal("the workload is still frozen"));
         }
-        agent.set_state(AgentState::Live);
+        agent.set_state(AgentState::Live)?;
     }
     Ok(ClaimReport { total_micros: received.micros(), ..report })
 }

@@ -52,9 +52,8 @@ pub async fn apply(
     check(agent, &request)?;
     let wanted_network = network::Wanted::parse(&request).map_err(invalid)?;
     let host = HostTime::new(request.wall_clock_unix_nanos, received)?;
-    std::fs::create_dir_all(agent.path("/run/rethaw"))?;
     // Until every item is proven the machine counts as failed, whatever interrupts this.
-    agent.set_state(AgentState::IdentityFailed);
+    agent.set_state(AgentState::IdentityFailed)?;
     let context = Context { agent, request: &request, host };
     let mut run = Run::default();
     run.item(entropy::Entropy::default(), &context).await;
@@ -74,7 +73,7 @@ pub async fn apply(
     if !failed {
         *agent.generation.borrow_mut() = Some(request.generation.clone());
         *agent.env.borrow_mut() = request.env;
-        agent.set_state(AgentState::Live);
+        agent.set_state(AgentState::Live)?;
     }
     Ok(IdentityReport { generation: request.generation, items, total_micros: received.micros() })
 }
@@ -88,6 +87,9 @@ pub fn prepare(agent: &Agent) -> Result<(), ApiError> {
     for path in ["/etc/hostname", "/etc/hosts", "/etc/machine-id", "/etc/resolv.conf"] {
         write::prepare(&agent.path(path)).map_err(|e| ApiError::from_io(&e, path))?;
     }
+    // What is looked for and not found is remembered by the kernel, and so by the snapshot.
+    ssh_host_keys::in_template(agent);
+    hooks::Hooks::find(agent);
     machine_id::prepare(agent).map_err(|e| ApiError::internal(e.to_string()))?;
     boot_id::prepare(agent).map_err(|e| ApiError::internal(format!("boot_id: {e}")))?;
     network::prepare().map_err(|e| ApiError::internal(format!("network: {e}")))

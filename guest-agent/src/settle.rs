@@ -58,7 +58,7 @@ pub async fn settle(agent: &Agent, request: &SettleRequest) -> Result<SettleRepo
         let dropped = fs::write("/proc/sys/vm/drop_caches", "3");
         dropped.map_err(|e| thawed(agent, ApiError::from_io(&e, "drop_caches")))?;
     }
-    agent.set_state(AgentState::Settled);
+    agent.set_state(AgentState::Settled).map_err(|e| thawed(agent, e.into()))?;
     Ok(SettleReport {
         state: agent.state(),
         removed,
@@ -87,7 +87,7 @@ pub fn freeze(agent: &Agent, request: &FreezeRequest) -> Result<SettleReport, Ap
     if request.sync {
         nix::unistd::sync();
     }
-    agent.set_state(AgentState::Frozen);
+    agent.set_state(AgentState::Frozen).map_err(|e| thawed(agent, e.into()))?;
     Ok(SettleReport {
         state: agent.state(),
         removed: Vec::new(),

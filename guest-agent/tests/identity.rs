@@ -392,3 +392,25 @@ fn a_frozen_machine_resumes_as_itself_and_a_fork_becomes_another() {
         assert_eq!(machine.read("run/rethaw/access-token"), "token-9");
     });
 }
+
+#[test]
+fn an_agent_that_is_started_again_knows_where_it_was() {
+    on_machine(|machine| async move {
+        let client = machine.agent().await;
+        client.settle(&SettleRequest::default(), SOON).await.unwrap();
+        let successor = machine.agent().await;
+        let exec = ExecRequest { argv: vec!["true".into()], ..Default::default() };
+        assert_eq!(code(successor.exec(&exec, SOON).await), (409, "identity_pending".into()));
+        let request = identity(4);
+        successor.identity(&request, SOON).await.unwrap().prove(&request).unwrap();
+        let health = machine.agent().await.health(SOON).await.unwrap();
+        assert_eq!(health.state, AgentState::Live);
+        assert_eq!(health.generation, Some(request.generation));
+
+        successor.settle(&SettleRequest::default(), SOON).await.unwrap();
+        let request = IdentityRequest { fail_item: Some("token".into()), ..identity(5) };
+        successor.identity(&request, SOON).await.unwrap();
+        let health = machine.agent().await.health(SOON).await.unwrap();
+        assert_eq!((health.state, health.generation), (AgentState::IdentityFailed, None));
+    });
+}

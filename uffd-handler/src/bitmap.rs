@@ -24,7 +24,7 @@ impl Bitmap {
     /// From words as [`Bitmap::words`] gives them; bits beyond the last page are dropped.
     pub fn from_words(pages: u64, mut words: Vec<u64>) -> Self {
         words.resize(words_for(pages), 0);
-        if pages % 64 != 0
+        if !pages.is_multiple_of(64)
             && let Some(last) = words.last_mut()
         {
             *last &= (1 << (pages % 64)) - 1;

@@ -16,6 +16,7 @@ pub mod handshake;
 pub mod pager;
 pub mod pidfd;
 pub mod region;
+pub mod rights;
 pub mod sealed_file;
 pub mod source;
 pub mod stats;

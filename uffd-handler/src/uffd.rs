@@ -190,12 +190,12 @@ impl PageFd {
 
     /// Reads as many messages as there are and fit. `Err(EAGAIN)` when there are none.
     pub fn read(&self, messages: &mut [RawMessage]) -> Result<usize, Errno> {
-        let size = std::mem::size_of::<RawMessage>();
         // SAFETY: RawMessage is plain data of the kernel's layout, and the length is the slice's.
         let got = unsafe {
-            libc::read(self.0.as_raw_fd(), messages.as_mut_ptr().cast(), messages.len() * size)
+            let len = size_of_val(messages);
+            libc::read(self.0.as_raw_fd(), messages.as_mut_ptr().cast(), len)
         };
-        Errno::result(got).map(|bytes| bytes as usize / size)
+        Errno::result(got).map(|bytes| bytes as usize / size_of::<RawMessage>())
     }
 
     /// Whether the VMM asked to report the ranges it gives back.

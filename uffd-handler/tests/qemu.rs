@@ -2,6 +2,8 @@
 //!
 //! Skipped, loudly, where no QEMU is installed.
 
+#![allow(clippy::unwrap_used, reason = "tests and benchmarks fail by panicking")]
+
 #[path = "qemu_guest/code.rs"]
 mod code;
 mod rig;

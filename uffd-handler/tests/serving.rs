@@ -1,5 +1,7 @@
 //! Demand faults, zeros, working sets, deltas and graduation, with a real page server.
 
+#![allow(clippy::unwrap_used, reason = "tests and benchmarks fail by panicking")]
+
 mod rig;
 
 use std::time::Duration;

@@ -1,6 +1,8 @@
 //! Memory files that are slow, fail, or change under the page server: a VM is served right or not
 //! at all, and never at the cost of another.
 
+#![allow(clippy::unwrap_used, reason = "tests and benchmarks fail by panicking")]
+
 mod rig;
 #[path = "rig/slow_fs.rs"]
 mod slow_fs;

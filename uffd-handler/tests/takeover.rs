@@ -1,5 +1,7 @@
 //! Page server, service or VM killed: what every guest sees, and how long it waits.
 
+#![allow(clippy::unwrap_used, reason = "tests and benchmarks fail by panicking")]
+
 mod rig;
 
 use std::io::{BufRead, BufReader};

@@ -6,10 +6,11 @@
 use super::proof::{Context, Item, ItemError, Reading};
 use super::write;
 use crate::netlink::{Message, Netlink, Request, u32_at};
-use nix::sys::socket::SockProtocol;
+use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 use std::fmt::Write as _;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 const DEFAULT_INTERFACE: &str = "eth0";
 const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -120,20 +121,47 @@ fn ifinfo(index: u32, flags: i32, change: i32) -> [u8; IFINFO] {
     body
 }
 
-/// The link as the kernel has it: index, whether it is up, hardware address.
-fn link(netlink: &mut Netlink, name: &str) -> io::Result<(u32, bool, Vec<u8>)> {
-    let mut text = name.as_bytes().to_vec();
-    text.push(0);
-    let request = Request::new(libc::RTM_GETLINK, 0)
-        .payload(&ifinfo(0, 0, 0))
-        .attribute(libc::IFLA_IFNAME, &text);
-    let messages = netlink.ask(request)?;
-    let message = messages.first().ok_or(io::ErrorKind::NotFound)?;
-    let index = u32_at(&message.body, 4).ok_or(io::ErrorKind::InvalidData)?;
-    let flags = u32_at(&message.body, 8).ok_or(io::ErrorKind::InvalidData)?;
-    let mac = message.attributes(IFINFO).find(|(kind, _)| *kind == libc::IFLA_ADDRESS);
-    let mac = mac.map(|(_, mac)| mac.to_vec()).unwrap_or_default();
-    Ok((index, flags & libc::IFF_UP as u32 != 0, mac))
+/// The link as the kernel has it.
+#[derive(Debug, Clone, Copy)]
+struct Link {
+    index: u32,
+    up: bool,
+    mac: [u8; 6],
+}
+
+/// Asks about the link by ioctl: netlink's answer would hold every counter and setting it has.
+fn link(name: &str) -> io::Result<Link> {
+    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    let mut mac = [0; 6];
+    let hardware = interface_request(&socket, libc::SIOCGIFHWADDR, name)?;
+    // SAFETY: SIOCGIFHWADDR fills in this member.
+    let data = unsafe { hardware.ifr_ifru.ifru_hwaddr }.sa_data;
+    for (byte, value) in mac.iter_mut().zip(data) {
+        *byte = value as u8;
+    }
+    let flags = interface_request(&socket, libc::SIOCGIFFLAGS, name)?;
+    // SAFETY: SIOCGIFFLAGS fills in this member.
+    let flags = i32::from(unsafe { flags.ifr_ifru.ifru_flags });
+    let index = interface_request(&socket, libc::SIOCGIFINDEX, name)?;
+    // SAFETY: SIOCGIFINDEX fills in this member.
+    let index = unsafe { index.ifr_ifru.ifru_ifindex };
+    Ok(Link { index: index as u32, up: flags & libc::IFF_UP != 0, mac })
+}
+
+fn interface_request(socket: &OwnedFd, request: u64, name: &str) -> io::Result<libc::ifreq> {
+    // SAFETY: an all-zero ifreq is valid.
+    let mut interface: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.len() >= interface.ifr_name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in interface.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    // SAFETY: the request reads the name, which ends with a zero, and fills in the union.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), request, &raw mut interface) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(interface)
 }
 
 /// All of the link's addresses, as messages.
@@ -161,10 +189,9 @@ fn raise(netlink: &mut Netlink, index: u32) -> io::Result<()> {
 /// # Errors
 /// There is one that does not come up.
 pub fn prepare() -> io::Result<()> {
-    let mut netlink = Netlink::open(SockProtocol::NetlinkRoute)?;
-    match link(&mut netlink, DEFAULT_INTERFACE) {
-        Ok((index, false, _)) => raise(&mut netlink, index),
-        Ok(_) => Ok(()),
+    match link(DEFAULT_INTERFACE) {
+        Ok(link) if link.up => Ok(()),
+        Ok(link) => raise(&mut Netlink::open(SockProtocol::NetlinkRoute)?, link.index),
         Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
         Err(error) => Err(error),
     }
@@ -229,7 +256,7 @@ impl Network {
 
     fn describe(
         up: bool,
-        mac: &[u8],
+        mac: [u8; 6],
         mut addresses: Vec<(IpAddr, u8)>,
         mut gateways: Vec<IpAddr>,
         resolv_conf: &str,
@@ -248,9 +275,9 @@ impl Network {
             let what = format!("{what} {}", self.wanted.interface);
             move |e| (what, e)
         };
+        let Link { index, up, .. } = link(&self.wanted.interface).map_err(at("find"))?;
         let mut netlink =
             Netlink::open(SockProtocol::NetlinkRoute).map_err(at("open netlink for"))?;
-        let (index, up, _) = link(&mut netlink, &self.wanted.interface).map_err(at("find"))?;
         for message in addresses(&mut netlink, index).map_err(at("list addresses of"))? {
             let delete = Request::new(libc::RTM_DELADDR, 0).payload(&message.body);
             netlink.change(delete).map_err(at("remove an address of"))?;
@@ -290,8 +317,8 @@ impl Item for Network {
 
     fn read(&self, context: &Context<'_>) -> Result<Reading, ItemError> {
         let io = || ItemError::io(format!("read the state of {}", self.wanted.interface));
+        let Link { index, up, mac } = link(&self.wanted.interface).map_err(io())?;
         let mut netlink = Netlink::open(SockProtocol::NetlinkRoute).map_err(io())?;
-        let (index, up, mac) = link(&mut netlink, &self.wanted.interface).map_err(io())?;
         let addresses = addresses(&mut netlink, index).map_err(io())?;
         let addresses = addresses.iter().filter_map(address_and_prefix).collect();
         let gateways = gateways(&mut netlink, index).map_err(io())?;
@@ -299,7 +326,7 @@ impl Item for Network {
             Some(_) => write::read(&context.agent.path(RESOLV_CONF))?,
             None => String::new(),
         };
-        let text = Self::describe(up, &mac, addresses, gateways, &resolv_conf);
+        let text = Self::describe(up, mac, addresses, gateways, &resolv_conf);
         let mut reading = Reading::of(text);
         reading.details.insert("interface".to_owned(), self.wanted.interface.clone());
         Ok(reading)
@@ -316,7 +343,7 @@ impl Item for Network {
     fn check(&self, _: &Context<'_>, _: &Reading, new: &Reading) -> Result<(), ItemError> {
         let wanted = Self::describe(
             true,
-            &self.wanted.mac.unwrap_or_default(),
+            self.wanted.mac.unwrap_or_default(),
             self.wanted.addresses.clone(),
             self.wanted.gateways.clone(),
             self.wanted.resolv_conf.as_deref().unwrap_or(""),

@@ -4,6 +4,7 @@
 
 use super::proof::{Context, Item, ItemError, Reading};
 use super::write;
+use crate::agent::Agent;
 use crate::exec::tool;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -22,6 +23,11 @@ const DEADLINE: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct SshHostKeys;
 
+/// Whether the template has an SSH server.
+pub fn in_template(agent: &Agent) -> bool {
+    agent.path(SERVER).exists()
+}
+
 fn keys(context: &Context<'_>) -> Vec<PathBuf> {
     let entries = fs::read_dir(context.agent.path(DIR)).into_iter().flatten().flatten();
     let mut keys: Vec<PathBuf> = entries
@@ -38,7 +44,7 @@ impl Item for SshHostKeys {
     }
 
     fn not_applicable(&self, context: &Context<'_>) -> Option<String> {
-        (!context.agent.path(SERVER).exists()).then(|| "the template has no SSH server".to_owned())
+        (!in_template(context.agent)).then(|| "the template has no SSH server".to_owned())
     }
 
     fn read(&self, context: &Context<'_>) -> Result<Reading, ItemError> {

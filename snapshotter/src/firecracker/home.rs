@@ -92,8 +92,10 @@ impl Home {
         Self { id: id.to_owned(), top, root, jail, keep: AtomicBool::new(false) }
     }
 
-    /// Makes the folder.
+    /// Makes the folder, in place of one that a start with the same id left when its service was
+    /// killed: its sockets and links would be in the way.
     pub(super) fn create(&self) -> Result<(), VmmError> {
+        self.clear().map_err(file_error("cannot remove what is left in", &self.top))?;
         std::fs::create_dir_all(&self.root).map_err(file_error("cannot make", &self.root))?;
         // The jailer gives the folder to the VM's user; the log must be there before.
         let log = self.root.join(LOG);
@@ -199,21 +201,28 @@ impl Home {
         if self.keep.swap(true, Ordering::Relaxed) {
             return;
         }
+        if let Err(e) = self.clear() {
+            tracing::error!(vm = %self.id, "cannot remove {}: {e}", self.top.display());
+        }
+        if let Some(jail) = &self.jail
+            && let Err(e) = jail.cgroups.remove(&jail.cgroup_parent, &self.id)
+        {
+            tracing::error!(vm = %self.id, "cannot remove its control groups: {e}");
+        }
+    }
+}
+
+impl Home {
+    /// Removes the folder and its mounts.
+    fn clear(&self) -> io::Result<()> {
         for name in [ROOT_DISK, SCRATCH_DISK, KERNEL, INITRD, MEMORY] {
             let path = self.path(name);
             // Most are links and not mounts; unmounting one of those is an error without effect.
             let _ = umount2(&path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
         }
         match std::fs::remove_dir_all(&self.top) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                tracing::error!(vm = %self.id, "cannot remove {}: {e}", self.top.display());
-            }
-            _ => {}
-        }
-        if let Some(jail) = &self.jail
-            && let Err(e) = jail.cgroups.remove(&jail.cgroup_parent, &self.id)
-        {
-            tracing::error!(vm = %self.id, "cannot remove its control groups: {e}");
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
         }
     }
 }

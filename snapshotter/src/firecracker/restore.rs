@@ -75,19 +75,30 @@ impl Shell for FirecrackerShell {
     }
 
     async fn load(self: Box<Self>) -> Result<(Box<dyn Vm>, Phases), VmmError> {
+        match self.load_and_limit().await {
+            Ok(phases) => Ok((Box::new(self.vm), phases)),
+            Err(e) => {
+                // The page server may know the VM already.
+                self.vm.kill().await;
+                Err(e)
+            }
+        }
+    }
+}
+
+impl FirecrackerShell {
+    async fn load_and_limit(&self) -> Result<Phases, VmmError> {
         let mut phases = self.vm.spawned().phases.clone();
         let started = Instant::now();
-        let record = self.vm.record();
         let Spawned { process, api, home, .. } = self.vm.spawned();
-        let put = self.put_load(api);
-        let loaded = tokio::select! {
+        tokio::select! {
             biased;
-            loaded = self.with_memory(put) => loaded,
+            loaded = self.with_memory(self.put_load(api)) => loaded?,
             reason = process.exited() => {
+                let record = self.vm.record();
                 return Err(died(&record.id, &record.run_dir, home, reason));
             }
-        };
-        loaded?;
+        }
         // They have done their work; nothing can connect or load a second time.
         home.forget(home::UFFD);
         home.forget(home::VMSTATE);
@@ -99,11 +110,9 @@ impl Shell for FirecrackerShell {
             }
             phases.push(("limits", since.elapsed()));
         }
-        Ok((Box::new(self.vm), phases))
+        Ok(phases)
     }
-}
 
-impl FirecrackerShell {
     async fn put_load(&self, api: &ApiClient) -> Result<(), VmmError> {
         let memory = match self.listener {
             Some(_) => MemoryBackendType::Uffd(home::UFFD.to_owned()),

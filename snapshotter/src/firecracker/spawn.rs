@@ -156,6 +156,8 @@ impl Firecracker {
             command.arg("--exec-file").arg(&binaries.firecracker);
             command.arg("--chroot-base-dir").arg(home.top());
             command.args(jail.cgroups.jailer_args(&jail.cgroup_parent, spec.size));
+            // A guest can make Firecracker log without end; this ends the guest instead.
+            command.arg("--resource-limit").arg(format!("fsize={}", largest_file(spec)?));
             if let Some(path) = network.path() {
                 command.arg("--netns").arg(path);
             }
@@ -205,6 +207,14 @@ impl Firecracker {
             log: String::new(),
         })
     }
+}
+
+/// No file that Firecracker has a reason to write gets larger: disk, memory, a log.
+fn largest_file(spec: &SpawnSpec<'_>) -> Result<u64, VmmError> {
+    const LOG: u64 = 64 << 20;
+    let disk = std::fs::metadata(spec.scratch_disk);
+    let disk = disk.map_err(file_error("cannot find", spec.scratch_disk))?.len();
+    Ok(disk.max(spec.size.memory_bytes).max(LOG))
 }
 
 /// Sees to it that the VM's tap is there and that its user, and nobody else, may open it.

@@ -73,6 +73,16 @@ async fn bad_snapshots_are_refused_in_firecrackers_own_words() {
     println!("short memory: {e}");
     assert!(matches!(&e, VmmError::Memory { .. }), "{e}");
 
+    // A disk is opened after the handshake: the page server must forget the VM again.
+    let late = rig.restore_spec(&golden, MemoryBackend::Uffd);
+    let shell = rig.driver.prepare(&late).await.unwrap();
+    let home = late.run_dir.join("jail/firecracker").join(&late.id).join("root");
+    std::fs::remove_file(home.join("scratch.img")).unwrap();
+    let e = shell.load().await.unwrap_err();
+    println!("no disk: {e}");
+    assert!(e.to_string().contains("/snapshot/load"), "{e}");
+    rig.assert_gone(&late.id, &late.run_dir);
+
     // And with all that behind it, the driver still works.
     let spec = rig.restore_spec(&golden, MemoryBackend::Uffd);
     let vm = rig.restore(&spec).await;

@@ -7,7 +7,7 @@ use snapshotter::firecracker::{Cgroups, Firecracker};
 use snapshotter::process::ExitReason;
 use snapshotter::vmm::{Driver, MemoryBackend, Priority};
 
-use crate::rig::{Rig, wait_for_rounds};
+use crate::rig::{Rig, SIZE, wait_for_rounds};
 
 fn status(pid: i32, field: &str) -> String {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
@@ -45,6 +45,9 @@ async fn a_jailed_vm_is_nobody_in_an_empty_place() {
     assert_eq!((scratch.uid(), scratch.ino()), (uid, spec_inode(&spec.scratch_disk)));
     let base = std::fs::metadata(format!("{root}/root.img")).unwrap();
     assert_ne!(base.uid(), uid, "the shared image belongs to nobody's VM");
+    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let limit = limits.lines().find(|l| l.starts_with("Max file size")).unwrap();
+    assert!(limit.contains(&SIZE.memory_bytes.to_string()), "{limit}");
     let net = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
     assert_ne!(net(&pid.to_string()), net("self"), "a VM without a network has its own");
     if Cgroups::detect() != Cgroups::None {
@@ -87,6 +90,25 @@ async fn shells_prepared_ahead_leave_nothing_when_dropped() {
         drop(tokio::time::timeout(limit, rig.driver.prepare(&spec)).await);
         rig.assert_gone(&spec.id, &spec.run_dir);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_killed_service_left_is_not_in_the_way() {
+    let rig = Rig::new(true).await;
+    let golden = rig.golden().await;
+    let spec = rig.restore_spec(&golden, MemoryBackend::File);
+    let root = spec.run_dir.join("jail/firecracker").join(&spec.id).join("root");
+    std::fs::create_dir_all(root.join("dev")).unwrap();
+    for name in ["root.img", "scratch.img", "vmstate", "memory"] {
+        std::fs::write(root.join(name), "stale").unwrap();
+    }
+    for name in ["api.sock", "v.sock", "uffd.sock"] {
+        drop(std::os::unix::net::UnixListener::bind(root.join(name)).unwrap());
+    }
+    let vm = rig.restore(&spec).await;
+    wait_for_rounds(&spec.run_dir, 1).await;
+    vm.kill().await;
+    rig.assert_gone(&spec.id, &spec.run_dir);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,12 +3,13 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use snapshotter::firecracker::kvm::{KvmVerdict, TIME_LIMIT, probe};
+use snapshotter::firecracker::kvm::{KvmVerdict, TIME_LIMIT, helper_path, probe};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_probe_measures_guest_code_and_says_what_it_found() {
     let started = Instant::now();
     let helper = Path::new(env!("CARGO_BIN_EXE_rethaw-kvm-probe"));
+    assert_eq!(helper_path().unwrap(), helper, "it is found beside this program");
     let report = probe(helper, TIME_LIMIT).await.unwrap();
     println!("KVM here {report}; {}", serde_json::to_string(&report).unwrap());
     if !report.boots_linux() {

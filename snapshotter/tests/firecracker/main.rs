@@ -10,6 +10,7 @@
 mod errors;
 mod guest;
 mod handshake;
+mod install;
 mod jail;
 mod kvm;
 mod lifecycle;

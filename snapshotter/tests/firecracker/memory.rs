@@ -1,5 +1,6 @@
 //! Memory through the page server: many clones, working sets, a killed page server, diffs.
 
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,6 +10,7 @@ use nix::unistd::Pid;
 use snapshotter::manifest;
 use snapshotter::vmm::{Driver, MemoryBackend};
 use uffd_handler::source::{LayerFiles, MemoryLayers};
+use uffd_handler::supervisor::MemoryPlan;
 
 use crate::guest::{self, COUNTERS_AT, PATTERN_AT, PATTERN_PAGES};
 use crate::rig::{Golden, PATIENCE, Rig, SIZE, console, wait_for_rounds};
@@ -47,6 +49,31 @@ async fn ten_clones_at_once_each_with_the_right_memory() {
     }
     let after = std::fs::read(golden.dir.join(manifest::MEMORY)).unwrap();
     assert!(after == digest, "clones must not write to the snapshot");
+}
+
+/// The oracle of all these tests works: one wrong byte does not go unnoticed.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_guest_notices_one_wrong_byte() {
+    let rig = Rig::new(false).await;
+    let golden = rig.golden().await;
+    for at in [PATTERN_AT + 77 * 8192 + 1234, PATTERN_AT + 4096, COUNTERS_AT] {
+        let mut spec = rig.restore_spec(&golden, MemoryBackend::Uffd);
+        let wrong = spec.run_dir.join("wrong");
+        std::fs::copy(golden.dir.join(manifest::MEMORY), &wrong).unwrap();
+        let file = std::fs::File::options().read(true).write(true).open(&wrong).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).unwrap();
+        // Bit 5: no counter gets that far, so none can be right by chance.
+        file.write_all_at(&[byte[0] ^ 0x20], at).unwrap();
+        spec.memory = MemoryPlan::flat(&wrong, None);
+        let vm = rig.restore(&spec).await;
+        let started = Instant::now();
+        while !console(&spec.run_dir).contains('X') {
+            assert!(started.elapsed() < PATIENCE, "a wrong byte at {at:#x} went unnoticed");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        vm.kill().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -163,7 +163,14 @@ impl Filler<'_> {
                     .map_err(|error| Unfilled::Failed(error.to_string()))?;
                 Some(self.buffer.as_ptr())
             }
-            RunKind::Mapped(from) => Some(from),
+            RunKind::Mapped(from) => {
+                // Reading from disk happens here, and not with the fault thread locked out.
+                session
+                    .layers
+                    .populate(pages.start, run.pages)
+                    .map_err(|error| Unfilled::Failed(error.to_string()))?;
+                Some(from)
+            }
             RunKind::Zero => None,
         };
         self.install(address, pages.start, run.pages, source, purpose)

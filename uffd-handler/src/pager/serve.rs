@@ -72,7 +72,7 @@ struct Turn<'a> {
 }
 
 impl Turn<'_> {
-    /// One batch; false when there was nothing to do.
+    /// One batch; true when there may be more.
     fn work(&mut self) -> Result<bool, End> {
         let count = match std::mem::take(&mut self.unhandled) {
             0 => self.read()?,
@@ -109,7 +109,7 @@ impl Turn<'_> {
         if self.parked.len() < before || self.parked.is_empty() {
             self.pause = PARK_PAUSE;
         }
-        Ok(count > 0)
+        Ok(count == BATCH)
     }
 
     fn read(&mut self) -> Result<usize, End> {

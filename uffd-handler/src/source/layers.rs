@@ -230,6 +230,14 @@ impl MemoryLayers {
         Run { pages, kind }
     }
 
+    /// Has a [`RunKind::Mapped`] run ready, so that installing it waits for nothing.
+    pub fn populate(&self, page: u64, pages: u64) -> Result<(), SourceError> {
+        match self.find(page) {
+            (layer, Lookup::At(place)) => self.layers[layer].source().populate(place, page, pages),
+            _ => Ok(()),
+        }
+    }
+
     /// Fails when a file of the chain was changed since it was opened.
     pub fn check_unchanged(&self) -> Result<(), SourceError> {
         self.layers.iter().try_for_each(|layer| layer.source().check_unchanged())

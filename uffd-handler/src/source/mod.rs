@@ -18,6 +18,7 @@ pub use zero_map::ZeroMap;
 
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::sealed_file::SealedFileError;
@@ -122,12 +123,18 @@ pub trait PageSource: Send + Sync {
     /// Fails when the file is no longer the one that was opened.
     fn check_unchanged(&self) -> Result<(), SourceError>;
 
+    /// Has these places of a mapping ready, so that an install from it waits for nothing; fails
+    /// when they cannot be read.
+    fn populate(&self, _place: u64, _page: u64, _pages: u64) -> Result<(), SourceError> {
+        Ok(())
+    }
+
     /// Tells the kernel that these places are wanted soon.
     fn will_need(&self, place: u64, pages: u64);
 }
 
 /// Identity and state of a file at the time it was opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(crate) struct Fingerprint {
     pub device: u64,
     pub inode: u64,

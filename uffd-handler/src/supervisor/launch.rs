@@ -59,7 +59,7 @@ pub enum StartError {
 }
 
 impl StartError {
-    pub(super) fn conversation(config: &SupervisorConfig, reason: impl ToString) -> Self {
+    pub(super) fn conversation(config: &SupervisorConfig, reason: &dyn std::fmt::Display) -> Self {
         Self::Conversation { socket: config.socket.clone(), reason: reason.to_string() }
     }
 }
@@ -143,11 +143,13 @@ fn greet(
         }
         Ok((Reply::Hello { version, pid }, _)) => Err(StartError::conversation(
             config,
-            format!("process {pid} speaks version {version}, this service {PROTOCOL_VERSION}"),
+            &format!("process {pid} speaks version {version}, this service {PROTOCOL_VERSION}"),
         )),
-        Ok((reply, _)) => Err(StartError::conversation(config, format!("{reply:?} to a greeting"))),
+        Ok((reply, _)) => {
+            Err(StartError::conversation(config, &format!("{reply:?} to a greeting")))
+        }
         Err(RequestError::Channel(error)) => Err(error.into()),
-        Err(error) => Err(StartError::conversation(config, error)),
+        Err(error) => Err(StartError::conversation(config, &error)),
     }
 }
 

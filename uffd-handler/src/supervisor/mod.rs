@@ -13,6 +13,7 @@ mod launch;
 mod link;
 mod monitor;
 mod plan;
+mod recovery;
 mod table;
 
 use std::path::PathBuf;
@@ -53,6 +54,9 @@ pub struct SupervisorConfig {
     /// How long it waits for a guest's next fault without sleeping, within limits; zero always
     /// sleeps.
     pub spin: Duration,
+    /// A private directory on a file system in memory, from which VMs are recovered when service
+    /// and page server were both killed. Without one such VMs stand still unnoticed.
+    pub state_dir: Option<PathBuf>,
 }
 
 impl SupervisorConfig {
@@ -67,6 +71,7 @@ impl SupervisorConfig {
             deadline: Duration::from_secs(5),
             heartbeat: Duration::from_secs(1),
             spin: Duration::from_micros(100),
+            state_dir: None,
         }
     }
 }
@@ -145,6 +150,7 @@ pub struct UnknownVm(pub String);
 pub struct Supervisor {
     shared: Arc<Shared>,
     adopted: Vec<String>,
+    lost_at_start: Vec<(String, String)>,
     monitor: Mutex<Option<std::thread::JoinHandle<()>>>,
 }
 
@@ -155,17 +161,25 @@ impl Supervisor {
         let (shared, first) = Shared::begin(config)?;
         let shared = Arc::new(shared);
         let adopted = shared.table().ids();
+        let lost_at_start = first.lost();
         let run = shared.clone();
         let monitor = std::thread::Builder::new()
             .name("pager-monitor".into())
             .spawn(move || monitor::run(&run, first))
             .map_err(StartError::Thread)?;
-        Ok(Self { shared, adopted, monitor: Mutex::new(Some(monitor)) })
+        Ok(Self { shared, adopted, lost_at_start, monitor: Mutex::new(Some(monitor)) })
     }
 
-    /// VMs that were taken back from an earlier service's page server.
+    /// VMs that were taken back: from an earlier service's page server, or from their VMMs when both
+    /// were killed. Lost ones are among them where the page server knew them.
     pub fn adopted(&self) -> Vec<String> {
         self.adopted.clone()
+    }
+
+    /// VMs of an earlier service that cannot be served any more, and why: kill them. (Events about
+    /// them came before anybody could subscribe.)
+    pub fn lost_at_start(&self) -> Vec<(String, String)> {
+        self.lost_at_start.clone()
     }
 
     /// Has a VM served from now on.
@@ -175,7 +189,10 @@ impl Supervisor {
         handshake: Handshake,
         plan: &MemoryPlan,
     ) -> Result<(), AddVmError> {
-        let vm = plan::prepare(id, handshake, plan)?;
+        if self.shared.table().state(id).is_some() {
+            return Err(AddVmError::Duplicate(id.into()));
+        }
+        let vm = plan::prepare(id, handshake, plan, self.shared.config.state_dir.as_deref())?;
         let deadline = self.shared.config.deadline;
         let end = Instant::now() + deadline;
         let generation = self.shared.generation();

@@ -13,6 +13,7 @@ use nix::sys::signal::Signal;
 
 use super::launch::{self, Running, StartError};
 use super::link::{self, Link, Pending, RequestError};
+use super::recovery::{self, Recovered};
 use super::table::{Entry, Table};
 use super::{PagerEvent, SupervisorConfig};
 use crate::control::{Channel, Event, Registration, Reply, Request, VmSummary};
@@ -58,6 +59,19 @@ pub(super) struct First {
     events: Vec<Event>,
 }
 
+impl First {
+    /// VMs that are lost already.
+    pub(super) fn lost(&self) -> Vec<(String, String)> {
+        self.events
+            .iter()
+            .filter_map(|event| match event {
+                Event::VmLost { id, reason } => Some((id.clone(), reason.clone())),
+                _ => None,
+            })
+            .collect()
+    }
+}
+
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -65,7 +79,7 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Shared {
     /// Finds or starts a page server and takes back what it serves.
     pub(super) fn begin(config: SupervisorConfig) -> Result<(Self, First), StartError> {
-        let mut table = Table::default();
+        let mut table = Table::new(config.state_dir.clone());
         let mut running = match launch::find(&config)? {
             Some(mut running) => {
                 adopt(&config, &mut running, &mut table)?;
@@ -73,6 +87,7 @@ impl Shared {
             }
             None => launch::launch(&config)?,
         };
+        recover(&config, &mut running, &mut table)?;
         let events = std::mem::take(&mut running.events);
         let current = Current::new(running)?;
         let (stop, stop_writer) =
@@ -196,7 +211,7 @@ impl Shared {
             match link::ask(&running.channel, request, &fds, deadline, &mut events) {
                 Ok((Reply::Failed { message }, _)) => lost.push((id, message)),
                 Ok(_) => {}
-                Err(error) => return Err(StartError::conversation(&self.config, error)),
+                Err(error) => return Err(StartError::conversation(&self.config, &error)),
             }
         }
         for (id, reason) in lost {
@@ -256,7 +271,7 @@ fn adopt(
     running: &mut Running,
     table: &mut Table,
 ) -> Result<(), StartError> {
-    let wrong = |reason: String| StartError::conversation(config, reason);
+    let wrong = |reason: String| StartError::conversation(config, &reason);
     let deadline = Instant::now() + config.deadline;
     let ask = |channel: &Channel, request, events: &mut Vec<Event>| {
         link::ask(channel, request, &[], deadline, events).map_err(|e| wrong(e.to_string()))
@@ -287,6 +302,46 @@ fn adopt(
         }
     }
     tracing::info!(pid = running.pid, vms = table.ids().len(), "adopted a page server");
+    Ok(())
+}
+
+/// Takes back the VMs that no page server knows, because it was killed with the service.
+fn recover(
+    config: &SupervisorConfig,
+    running: &mut Running,
+    table: &mut Table,
+) -> Result<(), StartError> {
+    let Some(dir) = &config.state_dir else { return Ok(()) };
+    let io = |source| StartError::Io { what: dir.display().to_string(), source };
+    std::fs::create_dir_all(dir).map_err(io)?;
+    for recovered in recovery::recover_all(dir, &table.ids()).map_err(io)? {
+        match recovered {
+            Recovered::Vm(entry) => {
+                let id = entry.registration.id.clone();
+                let request = Request::AddVm(entry.registration.clone());
+                let deadline = Instant::now() + config.deadline;
+                table.insert(*entry);
+                let fds = table.descriptors(&id);
+                let (channel, events) = (&running.channel, &mut running.events);
+                match link::ask(channel, request, &fds, deadline, events) {
+                    Ok((Reply::Failed { message: reason }, _)) => {
+                        table.set_lost(&id, &reason);
+                        events.push(Event::VmLost { id, reason });
+                    }
+                    Ok(_) => tracing::warn!(vm = id, "recovered"),
+                    Err(error) => return Err(StartError::conversation(config, &error)),
+                }
+            }
+            Recovered::Lost { id, reason } => {
+                recovery::forget(dir, &id);
+                running.events.push(Event::VmLost { id, reason });
+            }
+            Recovered::Gone(id) => {
+                recovery::forget(dir, &id);
+                tracing::info!(vm = id, "ended while nobody served it");
+            }
+        }
+    }
     Ok(())
 }
 

@@ -2,12 +2,13 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
 
+use super::recovery;
 use super::table::Entry;
 use crate::control::Registration;
 use crate::handshake::Handshake;
@@ -60,9 +61,14 @@ pub(super) fn prepare(
     id: &str,
     handshake: Handshake,
     plan: &MemoryPlan,
+    state_dir: Option<&Path>,
 ) -> Result<Entry, PlanError> {
     let memory_bytes: u64 = handshake.regions.iter().map(|region| region.size).sum();
-    let state = VmState::create(memory_bytes / PAGE, plan.record)?;
+    let pages = memory_bytes / PAGE;
+    let state = match state_dir.and_then(|dir| recovery::state_path(dir, id)) {
+        Some(path) => VmState::create_at(&path, pages, plan.record)?,
+        None => VmState::create(pages, plan.record)?,
+    };
     let mut fds: Vec<OwnedFd> = vec![handshake.uffd, handshake.peer.into(), state.descriptor()?];
     for path in plan.layers.iter().flat_map(LayerFiles::paths) {
         let file = File::open(path)
@@ -88,5 +94,10 @@ pub(super) fn prepare(
         working_set,
         graduate_after_millis: plan.graduate_after.map(|after| after.as_millis() as u64),
     };
-    Ok(Entry { registration, fds, state: Arc::new(state), lost: None })
+    let entry = Entry { registration, fds, state: Arc::new(state), lost: None };
+    if let Some(dir) = state_dir {
+        recovery::record(dir, &entry)
+            .map_err(|source| PlanError::Open { path: dir.to_path_buf(), source })?;
+    }
+    Ok(entry)
 }

@@ -2,8 +2,10 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::recovery;
 use crate::control::Registration;
 use crate::stats::Stats;
 use crate::vm_state::VmState;
@@ -20,11 +22,17 @@ pub(super) struct Entry {
 
 #[derive(Debug, Default)]
 pub(super) struct Table {
+    state_dir: Option<PathBuf>,
     vms: HashMap<String, Entry>,
     ended: Stats,
 }
 
 impl Table {
+    /// An empty table; VMs that leave it are removed from the state directory too.
+    pub(super) fn new(state_dir: Option<PathBuf>) -> Self {
+        Self { state_dir, ..Self::default() }
+    }
+
     /// Adds a VM; false when its name is taken.
     pub(super) fn insert(&mut self, entry: Entry) -> bool {
         let id = entry.registration.id.clone();
@@ -39,6 +47,9 @@ impl Table {
     pub(super) fn remove(&mut self, id: &str) -> bool {
         let Some(entry) = self.vms.remove(id) else { return false };
         self.ended.add(&entry.state.stats());
+        if let Some(dir) = &self.state_dir {
+            recovery::forget(dir, id);
+        }
         true
     }
 

@@ -97,6 +97,8 @@ impl Memory {
 }
 
 fn run(setup: &Setup) {
+    // Some tests let it outlive its parent. None takes this long.
+    nix::unistd::alarm::set(120);
     let mut builder = UffdBuilder::new();
     builder.close_on_exec(true).non_blocking(true).user_mode_only(false);
     if setup.removes {
@@ -235,6 +237,7 @@ impl FakeVmm {
         let child = Process::new(std::env::current_exe().unwrap())
             .env(VARIABLE, serde_json::to_string(setup).unwrap())
             .stdin(Stdio::null())
+            .stdout(Stdio::null())
             .spawn()
             .unwrap();
         Self { child, commands: setup.commands.clone() }

@@ -88,7 +88,7 @@ impl Filesystem for SlowFs {
             std::thread::sleep(Duration::from_millis(trouble.millis.load(Ordering::Relaxed)));
             let fail = trouble
                 .errors
-                .try_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
             if fail.is_ok() {
                 return reply.error(libc::EIO);
             }

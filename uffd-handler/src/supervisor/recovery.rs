@@ -1,0 +1,162 @@
+//! What a new service needs when service and page server were both killed.
+//!
+//! Each VM has two files in the state directory: its shared state itself, and a record of its
+//! registration. The VMM still holds the userfaultfd, which is copied out of it; its process handle
+//! stands in for the handshake socket. A VM that cannot be recovered is reported lost, never
+//! forgotten: it stands still and somebody has to kill it.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use nix::poll::PollFlags;
+use serde::{Deserialize, Serialize};
+
+use super::table::Entry;
+use crate::control::Registration;
+use crate::source::{Fingerprint, LayerFiles};
+use crate::uffd::PAGE;
+use crate::vm_state::VmState;
+use crate::{fdpass, pidfd};
+
+#[derive(Serialize, Deserialize)]
+struct Record {
+    registration: Registration,
+    /// When the VMM started, in clock ticks after boot: with the process id, one process only.
+    started: u64,
+    /// The layers' files as they were.
+    files: Vec<Fingerprint>,
+}
+
+/// A VM that was found, or what is known of one that could not be recovered.
+pub(super) enum Recovered {
+    Vm(Box<Entry>),
+    Lost {
+        id: String,
+        reason: String,
+    },
+    /// Its VMM has ended meanwhile.
+    Gone(String),
+}
+
+/// Where a VM's shared state lies. Names that do not make a file name have none.
+pub(super) fn state_path(dir: &Path, id: &str) -> Option<PathBuf> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    (!id.is_empty() && id.len() <= 100 && id.chars().all(plain))
+        .then(|| dir.join(format!("{id}.state")))
+}
+
+/// Writes down a VM. Not synced: only the death of processes has to be survived.
+pub(super) fn record(dir: &Path, entry: &Entry) -> std::io::Result<()> {
+    let registration = entry.registration.clone();
+    let Some(path) = state_path(dir, &registration.id) else { return Ok(()) };
+    let started = start_time(registration.peer_pid)?;
+    let files: std::io::Result<_> =
+        entry.fds[3..].iter().map(|fd| Fingerprint::of(&File::from(fd.try_clone()?))).collect();
+    let text = serde_json::to_vec(&Record { registration, started, files: files? })?;
+    let temporary = path.with_extension("tmp");
+    std::fs::write(&temporary, text)?;
+    std::fs::rename(&temporary, path.with_extension("json"))
+}
+
+/// Removes what was written about a VM.
+pub(super) fn forget(dir: &Path, id: &str) {
+    let Some(path) = state_path(dir, id) else { return };
+    for file in [path.with_extension("json"), path] {
+        match std::fs::remove_file(&file) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                tracing::warn!(path = %file.display(), %error, "removing a VM's record");
+            }
+            _ => {}
+        }
+    }
+}
+
+/// All VMs that were written down, but for those that are known.
+pub(super) fn recover_all(dir: &Path, known: &[String]) -> std::io::Result<Vec<Recovered>> {
+    let mut all = Vec::new();
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "json")
+            && let Some(id) = path.file_stem().and_then(|stem| stem.to_str())
+            && !known.iter().any(|known| known == id)
+        {
+            all.push(recover(&path, id));
+        }
+    }
+    Ok(all)
+}
+
+fn recover(path: &Path, id: &str) -> Recovered {
+    let lost = |reason: String| Recovered::Lost { id: id.into(), reason };
+    let record: Record = match std::fs::read(path).map(|text| serde_json::from_slice(&text)) {
+        Ok(Ok(record)) => record,
+        Ok(Err(error)) => return lost(format!("{}: {error}", path.display())),
+        Err(error) => return lost(format!("{}: {error}", path.display())),
+    };
+    let pid = record.registration.peer_pid;
+    // The handle first: whatever the start time is then, it is that of the handle's process.
+    let Ok(vmm) = pidfd::open(pid) else { return Recovered::Gone(id.into()) };
+    // One that has ended and was not reaped yet still has a handle, which is readable.
+    let ended = fdpass::wait_for(vmm.as_fd(), PollFlags::POLLIN, Instant::now()) != Ok(false);
+    if ended || start_time(pid).ok() != Some(record.started) {
+        return Recovered::Gone(id.into());
+    }
+    match rebuild(record, vmm, &path.with_extension("state")) {
+        Ok(entry) => Recovered::Vm(Box::new(entry)),
+        Err(error) => lost(format!("page server and service were killed: {error}")),
+    }
+}
+
+fn rebuild(record: Record, vmm: OwnedFd, state: &Path) -> Result<Entry, String> {
+    let Record { registration, files, .. } = record;
+    let text = |error: std::io::Error| error.to_string();
+    let uffd = find_userfaultfd(&vmm, registration.peer_pid)?;
+    let file = File::options().read(true).write(true).open(state).map_err(text)?;
+    let state = VmState::open(file.into(), registration.memory_bytes / PAGE)
+        .map_err(|error| error.to_string())?;
+    let mut fds = vec![uffd, vmm, state.descriptor().map_err(|error| error.to_string())?];
+    let layers = registration.layers.iter().flat_map(LayerFiles::paths);
+    let paths: Vec<&Path> = layers.chain(registration.working_set.as_deref()).collect();
+    if paths.len() != files.len() {
+        return Err(format!("{} files for {} paths", files.len(), paths.len()));
+    }
+    for (path, fingerprint) in paths.into_iter().zip(&files) {
+        let file = File::open(path).map_err(|error| format!("{}: {error}", path.display()))?;
+        fingerprint.check(&file, path).map_err(|error| error.to_string())?;
+        fds.push(file.into());
+    }
+    Ok(Entry { registration, fds, state: Arc::new(state), lost: None })
+}
+
+/// Copies the one userfaultfd out of the VMM.
+fn find_userfaultfd(vmm: &OwnedFd, pid: i32) -> Result<OwnedFd, String> {
+    let mut found = Vec::new();
+    let descriptors =
+        std::fs::read_dir(format!("/proc/{pid}/fd")).map_err(|error| error.to_string())?;
+    for descriptor in descriptors.flatten() {
+        let is_one = std::fs::read_link(descriptor.path())
+            .is_ok_and(|target| target.as_os_str() == "anon_inode:[userfaultfd]");
+        if is_one && let Some(number) = descriptor.file_name().to_str().and_then(|n| n.parse().ok())
+        {
+            found.push(number);
+        }
+    }
+    match found[..] {
+        [number] => {
+            pidfd::get_fd(vmm.as_fd(), number).map_err(|error| format!("pidfd_getfd: {error}"))
+        }
+        _ => Err(format!("the VMM (pid {pid}) has {} userfaultfds", found.len())),
+    }
+}
+
+/// Field 22 of /proc/pid/stat; the command's name before it may contain anything.
+fn start_time(pid: i32) -> std::io::Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    stat.rsplit_once(')')
+        .and_then(|(_, rest)| rest.split_whitespace().nth(19))
+        .and_then(|field| field.parse().ok())
+        .ok_or_else(|| std::io::Error::other(format!("no start time of process {pid}")))
+}

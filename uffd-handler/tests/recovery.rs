@@ -1,0 +1,102 @@
+//! Service and page server killed together: the next service takes the VMs out of their VMMs.
+
+#![allow(clippy::unwrap_used, reason = "tests and benchmarks fail by panicking")]
+
+mod rig;
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command as Process, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rig::fake_vmm::{Answer, Command};
+use rig::oracle;
+use uffd_handler::supervisor::{MemoryPlan, PagerEvent, Supervisor, SupervisorConfig};
+
+const SERVICE: &str = "RETHAW_TEST_SERVICE";
+const NAME: &str = "vms_outlive_the_death_of_both_or_are_reported";
+const PAGES: u64 = 2048;
+
+fn config(dir: &Path) -> SupervisorConfig {
+    let mut config = rig::config(dir);
+    config.state_dir = Some(dir.join("state"));
+    config
+}
+
+/// A service that takes three VMs and waits to be killed.
+fn service(dir: &Path) -> ! {
+    let supervisor = Supervisor::start(config(dir)).unwrap();
+    let mut vmms = Vec::new();
+    for name in ["kept", "spoiled", "ended"] {
+        oracle::write_memory(&dir.join(format!("{name}.memory")), 7, PAGES);
+        let (vmm, handshake) = rig::start(&rig::setup(dir, name, &[PAGES]));
+        let plan = MemoryPlan::flat(dir.join(format!("{name}.memory")), None);
+        supervisor.add_vm(name, handshake, &plan).unwrap();
+        vmms.push(vmm);
+    }
+    let pids: Vec<String> = vmms.iter().map(|vmm| vmm.pid().to_string()).collect();
+    println!("serving {} {}", supervisor.pager_pid(), pids.join(" "));
+    std::thread::sleep(Duration::from_secs(120));
+    std::process::exit(1);
+}
+
+fn start_service(dir: &Path) -> (Child, Vec<Pid>) {
+    let mut child = Process::new(std::env::current_exe().unwrap())
+        .args([NAME, "--exact", "--nocapture"])
+        .env(SERVICE, dir)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let line = lines.find_map(|line| line.unwrap().strip_prefix("serving ").map(String::from));
+    let pids = line.unwrap().split(' ').map(|pid| Pid::from_raw(pid.parse().unwrap())).collect();
+    (child, pids)
+}
+
+#[test]
+fn vms_outlive_the_death_of_both_or_are_reported() {
+    if let Ok(dir) = std::env::var(SERVICE) {
+        service(Path::new(&dir));
+    }
+    // The state belongs in memory, as in production.
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = dir.path();
+    let (mut first, pids) = start_service(dir);
+    let mut kept = rig::fake_vmm::connect(&dir.join("kept.commands"));
+    kept.run(&Command::Storm { first: 0, count: 512, threads: 1 });
+    kept.run(&Command::Write { page: 3, value: 9 });
+    kept.run(&Command::Remove { first: 20, count: 4 });
+    first.kill().unwrap();
+    kill(pids[0], Signal::SIGKILL).unwrap();
+    kill(pids[3], Signal::SIGKILL).unwrap();
+    first.wait().unwrap();
+    // A guest that asks now waits, and nothing is made up for it.
+    kept.send(&Command::Read { page: 1000 });
+    assert_eq!(kept.answer_within(Duration::from_millis(100)), None);
+    oracle::write_memory(&dir.join("spoiled.memory"), 8, PAGES);
+
+    let second = rig::eventually(rig::DEADLINE, || Supervisor::start(config(dir)).ok());
+    assert_eq!(second.adopted(), ["kept"]);
+    let expected = crc32fast::hash(&oracle::template(7, 1000));
+    let answer = kept.answer_within(rig::DEADLINE);
+    assert!(matches!(answer, Some(Answer::Page { crc, .. }) if crc == expected), "{answer:?}");
+    for page in [20, 23] {
+        assert_eq!(kept.read(page), crc32fast::hash(&[0; 4096]), "given back before");
+    }
+    assert_eq!(kept.read(3), crc32fast::hash(&oracle::written(9)));
+    assert!(second.vm_stats("kept").unwrap().faults() >= 512, "its counts are kept too");
+    // The memory file of this one is another now, and that one's VMM has ended.
+    let lost: Vec<String> = second.lost_at_start().into_iter().map(|(id, _)| id).collect();
+    assert_eq!(lost, ["spoiled"]);
+
+    // Its process handle stands in for the handshake socket.
+    let events = second.events();
+    kill(pids[1], Signal::SIGKILL).unwrap();
+    let event = events.recv_timeout(rig::DEADLINE).unwrap();
+    assert_eq!(event, PagerEvent::VmGone { id: "kept".into() });
+    assert_eq!(std::fs::read_dir(dir.join("state")).unwrap().count(), 0);
+    kill(pids[2], Signal::SIGKILL).unwrap();
+    second.shutdown();
+}

@@ -1,8 +1,11 @@
 //! Metrics: what is counted where it happens, and what is sampled when somebody asks.
 
 use std::collections::HashMap;
+use std::fmt::Write;
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+
+use uffd_handler::stats::Stats;
 
 use crate::engine::Engine;
 
@@ -45,4 +48,54 @@ pub fn sample(engine: &Engine) {
             .set(f64::from(count));
     }
     metrics::gauge!("rethaw_uptime_seconds").set(engine.uptime().as_secs_f64());
+    page_server(&engine.pager().stats());
+}
+
+/// The page server's counts, kept by its supervisor over takeovers.
+fn page_server(stats: &Stats) {
+    let faults = [
+        ("data", stats.faults_data),
+        ("zero", stats.faults_zero),
+        ("present", stats.faults_present),
+        ("removed", stats.faults_removed),
+    ];
+    for (kind, count) in faults {
+        metrics::counter!("rethaw_uffd_faults_total", "kind" => kind).absolute(count);
+    }
+    let counts = [
+        ("rethaw_uffd_removes_total", stats.removes),
+        ("rethaw_uffd_copied_bytes_total", stats.bytes_copied),
+        ("rethaw_uffd_prefetched_pages_total", stats.prefetched),
+        ("rethaw_uffd_working_set_late_total", stats.working_set_late),
+        ("rethaw_uffd_working_set_miss_total", stats.working_set_miss),
+        ("rethaw_uffd_takeovers_total", stats.takeovers),
+        ("rethaw_uffd_source_retries_total", stats.source_retries),
+    ];
+    for (name, count) in counts {
+        metrics::counter!(name).absolute(count);
+    }
+    if let Some(ratio) = stats.working_set_hit_ratio() {
+        metrics::gauge!("rethaw_uffd_working_set_hit_ratio").set(ratio);
+    }
+}
+
+/// The page server's fault latency as a Prometheus histogram. It is counted in the page server's
+/// own power-of-two buckets, which the recorder of this process cannot take over.
+pub fn fault_histogram(engine: &Engine) -> String {
+    let stats = engine.pager().stats();
+    let name = "rethaw_uffd_fault_duration_seconds";
+    let mut text = format!("# TYPE {name} histogram\n");
+    let mut total = 0;
+    for (i, count) in stats.latency_buckets.iter().enumerate() {
+        total += count;
+        let bound = (1_u64 << i) as f64 / 1e6;
+        // The last bucket takes all that is slower.
+        if i + 1 < stats.latency_buckets.len() {
+            let _ = writeln!(text, "{name}_bucket{{le=\"{bound}\"}} {total}");
+        }
+    }
+    let sum = stats.fault_nanos as f64 / 1e9;
+    let _ = writeln!(text, "{name}_bucket{{le=\"+Inf\"}} {total}");
+    let _ = writeln!(text, "{name}_sum {sum}\n{name}_count {total}");
+    text
 }

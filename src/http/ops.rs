@@ -47,7 +47,8 @@ pub async fn readyz(State(app): State<App>) -> impl IntoResponse {
 /// `GET /metrics`: Prometheus text.
 pub async fn metrics(State(app): State<App>) -> impl IntoResponse {
     crate::metrics::sample(&app.engine);
-    let text = app.metrics.render();
+    let mut text = app.metrics.render();
+    text.push_str(&crate::metrics::fault_histogram(&app.engine));
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
 }
 

@@ -3,6 +3,8 @@
 
 use std::path::Path;
 
+use sha2::{Digest, Sha256};
+
 use crate::host::Accelerator;
 use crate::vmm::{MachineSize, Nic};
 
@@ -17,6 +19,11 @@ pub const AGENT_FD: i32 = 4;
 pub const MEMORY_FD: i32 = 5;
 /// Device state, restore only.
 pub const VMSTATE_FD: i32 = 6;
+
+/// The emulated CPU: everything the emulator has, less what only costs under emulation. Five-level
+/// page tables lengthen every walk; SMAP and SMEP put mode switches around every copy from user
+/// space, and each ends a block of translated code.
+const TCG_CPU: &str = "max,la57=off,smap=off,smep=off,pku=off,umip=off";
 
 /// Where guest memory comes from.
 #[derive(Debug, Clone, Copy)]
@@ -59,6 +66,26 @@ pub struct Machine<'a> {
     pub start: Start<'a>,
 }
 
+/// The machine definition with everything that may differ between two VMs left out: device state
+/// written under one definition does not load under another, and a guest may not survive another
+/// CPU even where the state does load.
+pub fn fingerprint(accelerator: Accelerator) -> String {
+    let size = MachineSize { vcpus: 1, memory_bytes: 2 << 20 };
+    let none = Path::new("-");
+    let machine = Machine {
+        accelerator,
+        size,
+        memory: Memory::Memfd,
+        root_disk: none,
+        scratch_disk: none,
+        nic: &Nic { tap: None, netns: None },
+        console: None,
+        start: Start::Incoming,
+    };
+    let digest = hex::encode(Sha256::digest(machine.args().join(" ")));
+    format!("microvm-{}", &digest[..16])
+}
+
 /// Commas separate options in QEMU's syntax; a comma in a value is doubled.
 fn escaped(path: &Path) -> String {
     path.to_string_lossy().replace(',', ",,")
@@ -76,7 +103,7 @@ impl Machine<'_> {
         };
         let cpu = match self.accelerator {
             Accelerator::Kvm => "host",
-            Accelerator::Tcg => "max",
+            Accelerator::Tcg => TCG_CPU,
         };
         let machine = format!("microvm,accel={accel},rtc=on,acpi=on,memory-backend=mem");
         let object = match self.memory {

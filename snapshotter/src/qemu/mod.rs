@@ -45,6 +45,10 @@ const STATE_DEADLINE: Duration = Duration::from_secs(15);
 /// How long a killed process may take to be gone; beyond it the kernel is in trouble, not QEMU.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
+/// Kernel parameters of an emulated guest. It may fail to calibrate its TSC against emulated timers
+/// and hang, hence the frequency, and no check of the timer.
+const TCG_CMDLINE: &str = "no_timer_check";
+
 /// Where the driver finds what it needs.
 #[derive(Debug, Clone)]
 pub struct QemuConfig {
@@ -70,7 +74,7 @@ impl Qemu {
         let version = version(&config.binary).await?;
         let mut facts = host::facts(config.accelerator);
         facts.insert("vmm_version".to_owned(), version);
-        facts.insert("machine".to_owned(), "microvm".to_owned());
+        facts.insert("machine".to_owned(), args::fingerprint(config.accelerator));
         let compat = Compat { vmm: VmmKind::Qemu, facts };
         Ok(Self { config, compat, pager })
     }
@@ -111,9 +115,8 @@ impl Driver for Qemu {
     async fn boot(&self, spec: &BootSpec) -> Result<Box<dyn Vm>, VmmError> {
         let cmdline = match self.config.accelerator {
             Accelerator::Kvm => spec.cmdline.clone(),
-            // A TCG guest may fail to calibrate its TSC against emulated timers and hang.
             Accelerator::Tcg => {
-                format!("{} tsc_early_khz={} no_timer_check", spec.cmdline, host::tsc_khz())
+                format!("{} {TCG_CMDLINE} tsc_early_khz={}", spec.cmdline, host::tsc_khz())
             }
         };
         let machine = Machine {

@@ -250,10 +250,10 @@ pub(super) async fn migration_end(
     }
 }
 
-/// The nice value that goes with a priority.
+/// The nice value that goes with a priority: normal is the service's own.
 pub(super) fn nice(priority: Priority) -> i32 {
     match priority {
         Priority::Background => 19,
-        Priority::Normal => 0,
+        Priority::Normal => rustix::process::getpriority_process(None).unwrap_or(0),
     }
 }

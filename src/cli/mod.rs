@@ -27,6 +27,7 @@ mod stdin;
 mod table;
 mod template;
 mod transition;
+mod verify_identity;
 mod version;
 
 use std::process::ExitCode;
@@ -119,6 +120,8 @@ Exit code 1 when the service could not run here.")]
     Template(template::TemplateArgs),
     /// Show and size the pools of warm VMs
     Pool(pool::PoolArgs),
+    /// Show that no two clones of a template are the same machine
+    VerifyIdentity(verify_identity::VerifyIdentityArgs),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
     /// Print the version of this program and of the service
@@ -193,6 +196,7 @@ async fn talk(global: &Global, command: Command) -> anyhow::Result<ExitCode> {
         Command::Rm(args) => rm::run(&cx, args).await,
         Command::Template(args) => template::run(&cx, args).await,
         Command::Pool(args) => pool::run(&cx, args).await,
+        Command::VerifyIdentity(args) => verify_identity::run(&cx, args).await,
         Command::Serve(_) | Command::Doctor | Command::Completions(_) | Command::Version => {
             unreachable!("handled without a client")
         }

@@ -175,7 +175,7 @@ async fn create(cx: &Context, body: &CreateBody) -> Result<Value, ClientError> {
 }
 
 /// Removes a sandbox; failing to is worth a word, not a change of the exit code.
-async fn remove(cx: &Context, id: &str) {
+pub(super) async fn remove(cx: &Context, id: &str) {
     let path = format!("/v1/sandboxes/{id}");
     match cx.client.send_json(Method::DELETE, &path, None::<&Value>, SLOW).await {
         Ok(_) => {}
@@ -188,7 +188,7 @@ async fn remove(cx: &Context, id: &str) {
 /// Waits for a signal that asks this process to end; gives the exit code for it.
 ///
 /// The signals are caught from this call on, not from the first wait.
-fn stop_signal() -> std::io::Result<impl Future<Output = u8>> {
+pub(super) fn stop_signal() -> std::io::Result<impl Future<Output = u8>> {
     let mut int = signal(SignalKind::interrupt())?;
     let mut term = signal(SignalKind::terminate())?;
     let mut hup = signal(SignalKind::hangup())?;

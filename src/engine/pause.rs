@@ -14,6 +14,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use guest_agent::client::{AgentClient, AgentError};
 use guest_agent::wire::{Base64, FreezeRequest, ResumeRequest};
 use rand::RngCore;
 use sha2::{Digest, Sha256};
@@ -141,15 +142,22 @@ impl Engine {
     }
 
     /// Undoes [`Engine::freeze`] in a VM that was not given up.
-    pub(super) async fn thaw(
-        &self,
-        machine: &Machine,
-    ) -> Result<guest_agent::client::AgentClient, RestoreError> {
+    ///
+    /// The connection there is comes first: it outlives a stop of the vCPUs, commands may be running
+    /// on it, and a serial port takes no second one while it lasts.
+    pub(super) async fn thaw(&self, machine: &Machine) -> Result<AgentClient, RestoreError> {
         machine.vm.resume().await?;
-        let id = machine.vm.record().id;
-        let failed = |source| RestoreError::Agent { id: id.clone(), step: "thaw", source };
+        let failed = |source| RestoreError::Agent {
+            id: machine.vm.record().id.clone(),
+            step: "thaw",
+            source,
+        };
+        match machine.agent.resume(&resume_request(None), RESUME_DEADLINE).await {
+            Ok(_) => return Ok(machine.agent.clone()),
+            Err(AgentError::Disconnected(_)) => {}
+            Err(e) => return Err(failed(e)),
+        }
         let agent = machine.vm.connect_agent(RESUME_DEADLINE).await.map_err(failed)?;
-        let failed = |source| RestoreError::Agent { id: id.clone(), step: "thaw", source };
         agent.resume(&resume_request(None), RESUME_DEADLINE).await.map_err(failed)?;
         Ok(agent)
     }

@@ -155,7 +155,12 @@ impl Engine {
                 let data = s.data();
                 data.restored_from == snapshot || data.paused_in.as_deref() == Some(snapshot)
             });
-        if needed || !self.store.dir(snapshot).exists() {
+        if needed {
+            return;
+        }
+        // One that stands on nothing is a template's, also while its template is not known yet:
+        // sandboxes end in the first moments of a service, too.
+        if !self.store.manifest(snapshot).is_ok_and(|m| m.parent.is_some()) {
             return;
         }
         if let Err(e) = self.store.remove(snapshot) {

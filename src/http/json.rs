@@ -5,6 +5,7 @@ use axum::extract::rejection::BytesRejection;
 use axum::extract::{FromRequest, Request};
 use axum::http::StatusCode;
 use serde::de::DeserializeOwned;
+use serde_json::error::Category;
 
 use super::error::ApiError;
 use super::MAX_JSON_BYTES;
@@ -20,11 +21,22 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for JsonBody<T> {
         let bytes = Bytes::from_request(request, state).await.map_err(|e| too_long(&e))?;
         // An absent body means "all defaults", which the type may refuse.
         let text: &[u8] = if bytes.is_empty() { b"{}" } else { &bytes };
-        serde_json::from_slice(text).map(JsonBody).map_err(|e| match e.classify() {
-            serde_json::error::Category::Data => ApiError::invalid(format!("body: {e}")),
-            _ => ApiError::malformed(format!("the body is not JSON: {e}")),
-        })
+        let mut parser = serde_json::Deserializer::from_slice(text);
+        let parsed = serde_path_to_error::deserialize(&mut parser).map_err(|e| {
+            let place = e.path().to_string();
+            match (e.inner().classify(), place.as_str()) {
+                (Category::Data, ".") => ApiError::invalid(format!("body: {}", e.inner())),
+                (Category::Data, place) => ApiError::invalid(format!("{place}: {}", e.inner())),
+                _ => not_json(e.inner()),
+            }
+        })?;
+        parser.end().map_err(|e| not_json(&e))?;
+        Ok(Self(parsed))
     }
+}
+
+fn not_json(e: &serde_json::Error) -> ApiError {
+    ApiError::malformed(format!("the body is not JSON: {e}"))
 }
 
 fn too_long(rejection: &BytesRejection) -> ApiError {

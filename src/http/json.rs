@@ -6,8 +6,8 @@ use axum::extract::{FromRequest, Request};
 use axum::http::StatusCode;
 use serde::de::DeserializeOwned;
 
-use super::error::ApiError;
 use super::MAX_JSON_BYTES;
+use super::error::ApiError;
 
 /// A JSON body, parsed.
 #[derive(Debug)]

@@ -144,7 +144,24 @@ impl Db {
         .await
     }
 
-    /// The VM is (about to be) somebody's sandbox, or its sandbox changed.
+    /// The VM is about to be somebody's sandbox.
+    pub async fn vm_claimed(
+        &self,
+        id: &str,
+        sandbox: &SandboxData,
+        identity: &StoredIdentity,
+    ) -> Result<(), DbError> {
+        let (id, sandbox) = (id.to_owned(), json("sandbox", sandbox)?);
+        let identity = json("identity", identity)?;
+        self.run(move |c| {
+            let sql = "UPDATE vms SET stage = 'claimed', sandbox = ?2, identity = ?3 WHERE id = ?1";
+            c.prepare_cached(sql)?.execute(params![id, sandbox, identity])?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// A sandbox changed.
     pub async fn vm_sandbox(
         &self,
         id: &str,

@@ -1,8 +1,10 @@
 //! `rethaw doctor`: what works on this host, and why the rest does not.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use serde::Serialize;
+use snapshotter::firecracker::Binaries;
 
 use crate::paths::{Paths, in_path};
 
@@ -18,7 +20,11 @@ struct Check {
 
 /// Prints the findings; fails if something the service needs is missing.
 pub fn run(json: bool) -> anyhow::Result<ExitCode> {
-    let checks = [userfaultfd(), binaries(), qemu(), kvm(), tun()];
+    let home = crate::cli::home::default_home().unwrap_or_default();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let kvm = runtime.block_on(kvm());
+    let firecracker = runtime.block_on(firecracker(&home));
+    let checks = [userfaultfd(), binaries(), qemu(), kvm, firecracker, tun()];
     let broken = checks.iter().any(|c| c.required && !c.ok);
     if json {
         println!("{}", serde_json::to_string_pretty(&serde_json::json!({"checks": checks}))?);
@@ -36,10 +42,14 @@ pub fn run(json: bool) -> anyhow::Result<ExitCode> {
 }
 
 fn userfaultfd() -> Check {
-    let (ok, detail) = match userfaultfd::UffdBuilder::new().create() {
-        Ok(_) => (true, "can be created".to_owned()),
+    let rights = uffd_handler::rights::probe();
+    let (ok, detail) = match &rights.kernel_faults {
+        Ok(()) => (true, "can be created, also for faults of the kernel".to_owned()),
         Err(e) => {
-            (false, format!("no userfaultfd: {e}; run as root or give access to /dev/userfaultfd"))
+            let half =
+                if rights.user_faults.is_ok() { " (for user faults only it can)" } else { "" };
+            let help = "run as root or give access to /dev/userfaultfd";
+            (false, format!("no userfaultfd{half}: {e}; {help}"))
         }
     };
     Check { name: "userfaultfd", ok, required: true, detail }
@@ -63,9 +73,26 @@ fn qemu() -> Check {
     Check { name: "qemu", ok, required: true, detail }
 }
 
-fn kvm() -> Check {
-    let report = "not probed";
-    Check { name: "kvm", ok: false, required: false, detail: report.to_string() }
+async fn kvm() -> Check {
+    let (ok, detail) = match crate::choose::probe_kvm().await {
+        Ok(report) => (report.boots_linux(), report.to_string()),
+        Err(e) => (false, format!("not probed: {e}")),
+    };
+    Check { name: "kvm", ok, required: false, detail }
+}
+
+async fn firecracker(home: &Path) -> Check {
+    let (ok, detail) = match Binaries::find(home) {
+        Err(e) => (false, e.to_string()),
+        Ok(binaries) => match binaries.identify().await {
+            Err(e) => (false, e.to_string()),
+            Ok(identity) => {
+                let (version, path) = (identity.version, binaries.firecracker.display());
+                (true, format!("{version} in {path}; used where kvm works"))
+            }
+        },
+    };
+    Check { name: "firecracker", ok, required: false, detail }
 }
 
 fn tun() -> Check {

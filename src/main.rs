@@ -4,6 +4,7 @@
 //! The way in: [`cli`] parses, [`serve`] puts the service together, [`engine`] is what it does,
 //! [`http`] is how it is asked.
 
+mod choose;
 mod cli;
 mod doctor;
 mod engine;

@@ -14,8 +14,6 @@ pub struct Paths {
     pub shim: PathBuf,
     /// Static guest agent.
     pub agent: PathBuf,
-    /// QEMU.
-    pub qemu: PathBuf,
 }
 
 /// A binary that is missing.
@@ -55,9 +53,13 @@ impl Paths {
             pager: own("rethaw-pager")?,
             shim: own("librethaw_uffd_shim.so")?,
             agent: own("rethaw-agent-static")?,
-            qemu: in_path("qemu-system-x86_64")
-                .ok_or(PathError::Program { name: "qemu-system-x86_64", package: "qemu-system-x86" })?,
         })
+    }
+
+    /// QEMU, where it is wanted.
+    pub fn qemu(&self) -> Result<PathBuf, PathError> {
+        let name = "qemu-system-x86_64";
+        in_path(name).ok_or(PathError::Program { name, package: "qemu-system-x86" })
     }
 }
 

@@ -2,20 +2,21 @@
 
 use std::fs::File;
 use std::future::Future;
-use std::path::Path;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use rustix::fs::{FlockOperation, flock};
-use snapshotter::host::Accelerator;
-use snapshotter::qemu::{Qemu, QemuConfig};
-use snapshotter::vmm::{Driver, MachineSize};
+use sha2::{Digest, Sha256};
+use snapshotter::vmm::MachineSize;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use uffd_handler::supervisor::{Supervisor, SupervisorConfig};
 
-use crate::cli::serve::{ServeOptions, VmmChoice};
+use crate::choose;
+use crate::cli::serve::ServeOptions;
 use crate::engine::{Engine, EngineConfig};
 use crate::http::{self, ApiKey, App};
 use crate::paths::Paths;
@@ -76,7 +77,9 @@ async fn serve(
         Some(key.with_context(|| format!("API key file {}", path.display()))?)
     };
     let pager = Arc::new(start_pager(home, &paths)?);
-    let driver = driver(&options, &paths, Arc::clone(&pager)).await?;
+    let choice = choose::choose(options.vmm, home).await?;
+    tracing::info!("VMM: {choice}");
+    let driver = choice.driver(&paths, Arc::clone(&pager)).await?;
     let config = EngineConfig {
         home: home.clone(),
         agent_binary: paths.agent.clone(),
@@ -89,8 +92,13 @@ async fn serve(
     tracing::info!("listening on http://{}", listener.local_addr()?);
     let app = App { engine: Arc::clone(&engine), key, metrics };
     run_http(listener, app, stop).await?;
-    engine.shutdown().await;
-    tracing::info!("stopped");
+    if options.keep_vms {
+        engine.leave().await;
+        tracing::info!("stopped; sandboxes run on and are taken back by the next service");
+    } else {
+        engine.shutdown().await;
+        tracing::info!("stopped");
+    }
     Ok(())
 }
 
@@ -149,23 +157,18 @@ fn start_pager(home: &Path, paths: &Paths) -> anyhow::Result<Supervisor> {
     std::fs::create_dir_all(&run).with_context(|| format!("cannot make {}", run.display()))?;
     let mut config = SupervisorConfig::new(&paths.pager, run.join("pager.sock"));
     config.log = Some(home.join("pager.log"));
+    // On a tmpfs: it is what lets VMs be found again when service and page server are killed
+    // together, and it must not outlive the machine.
+    let state = state_dir(home);
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&state);
+    made.with_context(|| format!("cannot make {}", state.display()))?;
+    config.state_dir = Some(state);
     Supervisor::start(config).context("the page server does not start")
 }
 
-async fn driver(
-    options: &ServeOptions,
-    paths: &Paths,
-    pager: Arc<Supervisor>,
-) -> anyhow::Result<Arc<dyn Driver>> {
-    match options.vmm {
-        VmmChoice::Auto | VmmChoice::Qemu => {
-            let config = QemuConfig {
-                binary: paths.qemu.clone(),
-                shim: paths.shim.clone(),
-                accelerator: Accelerator::Tcg,
-            };
-            Ok(Arc::new(Qemu::new(config, pager).await?))
-        }
-        VmmChoice::Firecracker => bail!("--vmm firecracker is not available yet; use qemu"),
-    }
+/// One directory per home, named by its path.
+fn state_dir(home: &Path) -> PathBuf {
+    let path = home.canonicalize().unwrap_or_else(|_| home.to_owned());
+    let digest = hex::encode(Sha256::digest(path.as_os_str().as_encoded_bytes()));
+    Path::new("/run/rethaw").join(&digest[..16])
 }

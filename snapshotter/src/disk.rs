@@ -32,7 +32,8 @@ pub fn clone_file(from: &Path, to: &Path) -> io::Result<CopyKind> {
         let (mut from_at, mut to_at) = (start, start);
         while from_at < end {
             let wanted = usize::try_from(end - from_at).unwrap_or(usize::MAX);
-            let n = copy_file_range(&source, Some(&mut from_at), &target, Some(&mut to_at), wanted)?;
+            let n =
+                copy_file_range(&source, Some(&mut from_at), &target, Some(&mut to_at), wanted)?;
             if n == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }

@@ -201,7 +201,8 @@ async fn first_contact(
 fn console_tail(run_dir: &Path) -> String {
     let text = std::fs::read(run_dir.join("console.log")).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
-    let mut lines: Vec<&str> = text.lines().rev().filter(|l| !l.trim().is_empty()).take(6).collect();
+    let mut lines: Vec<&str> =
+        text.lines().rev().filter(|l| !l.trim().is_empty()).take(6).collect();
     lines.reverse();
     if lines.is_empty() {
         return String::new();

@@ -166,7 +166,8 @@ impl GuestImage {
                 Err(ImageError::Build(format!("{status}: {}", tail.join(" | "))))
             }
         };
-        let dir = tokio::time::timeout(BUILD_DEADLINE, run).await.map_err(|_| ImageError::Timeout)??;
+        let dir =
+            tokio::time::timeout(BUILD_DEADLINE, run).await.map_err(|_| ImageError::Timeout)??;
         Self::open(Path::new(dir.trim()))
     }
 }

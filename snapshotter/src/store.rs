@@ -81,7 +81,11 @@ impl Store {
 
     /// Publishes a draft: digests of every file into the manifest, everything synced, then one
     /// rename. A crash at any point leaves either nothing or the whole snapshot.
-    pub fn publish(&self, mut draft: Draft, mut manifest: Manifest) -> Result<Manifest, PublishError> {
+    pub fn publish(
+        &self,
+        mut draft: Draft,
+        mut manifest: Manifest,
+    ) -> Result<Manifest, PublishError> {
         let fail = |what: &str, source| PublishError {
             id: draft.id.clone(),
             what: what.to_owned(),

@@ -10,7 +10,7 @@ mod cp;
 mod env;
 mod exec;
 mod fork;
-mod home;
+pub mod home;
 mod human;
 mod ls;
 mod many;

@@ -33,6 +33,8 @@ pub struct ServeOptions {
     pub flavor: Flavor,
     /// Answer without an API key. Only ever true when `listen` is a loopback address.
     pub no_auth: bool,
+    /// Sandboxes outlive a stop of the service.
+    pub keep_vms: bool,
 }
 
 /// Which VMM the service uses.
@@ -110,6 +112,10 @@ pub struct ServeArgs {
     /// Answer without an API key; only together with a loopback address
     #[arg(long)]
     pub insecure_no_auth: bool,
+
+    /// Let sandboxes run on when the service stops; the next one takes them back
+    #[arg(long)]
+    pub keep_vms: bool,
 }
 
 /// Guests smaller than this do not boot, larger ones are surely a slip of the unit.
@@ -155,6 +161,7 @@ impl ServeArgs {
             memory_mib: self.memory_mib.or(file.memory_mib).unwrap_or(DEFAULT_MEMORY_MIB),
             flavor: self.flavor.or(file.flavor).map_or(Flavor::Default, Flavor::from),
             no_auth: self.insecure_no_auth,
+            keep_vms: self.keep_vms,
         })
     }
 }

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
 use tokio::sync::watch;
 
-use super::db::{DbError, Stage};
+use super::db::DbError;
 use super::lifecycle::{self, Reidentified, RestoreError, millis};
 use super::sandbox::{OnTimeout, Origin, Sandbox, SandboxData};
 use super::template::{ReadyTemplate, TemplateState};
@@ -212,7 +212,7 @@ impl Engine {
             paused_in: None,
         };
         // Before the caller hears of it: a service killed from here on knows whose VM this is.
-        if let Err(e) = self.context.db.vm_sandbox(&vm.id, Stage::Claimed, &data).await {
+        if let Err(e) = self.context.db.vm_claimed(&vm.id, &data, &vm.identity).await {
             vm.machine.destroy().await;
             return Err(e.into());
         }

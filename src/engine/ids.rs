@@ -12,11 +12,6 @@ pub fn new_id() -> String {
     (0..20).map(|_| char::from(ALPHABET[rng.random_range(0..ALPHABET.len())])).collect()
 }
 
-/// Whether `text` has the form of an id, or of the beginning of one.
-pub fn looks_like_id(text: &str) -> bool {
-    !text.is_empty() && text.len() <= 20 && text.bytes().all(|b| ALPHABET.contains(&b))
-}
-
 /// A random (version 4) UUID.
 pub fn new_uuid() -> String {
     let mut b = [0_u8; 16];

@@ -19,7 +19,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use guest_agent::client::{AgentClient, AgentError};
-use guest_agent::wire::{ClaimReport, ClaimRequest, IdentityFailure, ProvenIdentity, ResumeRequest};
+use guest_agent::wire::{
+    ClaimReport, ClaimRequest, IdentityFailure, ProvenIdentity, ResumeRequest,
+};
 use snapshotter::disk;
 use snapshotter::vmm::{Driver, Nic, Priority, RestoreSpec, Shell, Vm, VmmError};
 
@@ -295,7 +297,8 @@ impl Spawned {
             let path = path.to_owned();
             move |source| RestoreError::File { what, path, source }
         };
-        let dir = RunDir::create(&context.run, &common.id).map_err(file("cannot make", &context.run))?;
+        let dir =
+            RunDir::create(&context.run, &common.id).map_err(file("cannot make", &context.run))?;
         let (from, to) = (template.scratch.clone(), dir.scratch());
         let copied = tokio::task::spawn_blocking(move || disk::clone_file(&from, &to)).await;
         copied

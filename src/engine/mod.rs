@@ -37,12 +37,12 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use uffd_handler::supervisor::Supervisor;
 
-pub use claim::{CreateError, CreateRequest, Created};
+pub use claim::{CreateError, CreateRequest};
 use db::{Db, DbError};
 use lifecycle::RestoreContext;
 pub use pause::TransitionError;
-pub use pool::PoolNumbers;
 use pool::Pool;
+pub use pool::PoolNumbers;
 use sandbox::{Sandbox, State};
 use template::Template;
 
@@ -219,7 +219,11 @@ impl Engine {
     }
 
     /// Sets how many VMs of a template are kept parked; `None` if there is no such pool.
-    pub async fn set_pool_target(&self, template: &str, target: u32) -> Result<Option<()>, DbError> {
+    pub async fn set_pool_target(
+        &self,
+        template: &str,
+        target: u32,
+    ) -> Result<Option<()>, DbError> {
         let Some(pool) = self.pools.get(template).map(|p| Arc::clone(p.value())) else {
             return Ok(None);
         };
@@ -229,7 +233,10 @@ impl Engine {
     }
 
     /// Opens a template's pool and starts to fill it.
-    async fn open_pool(self: &Arc<Self>, ready: Arc<template::ReadyTemplate>) -> Result<(), DbError> {
+    async fn open_pool(
+        self: &Arc<Self>,
+        ready: Arc<template::ReadyTemplate>,
+    ) -> Result<(), DbError> {
         let target = self.context.db.pool_target(&ready.name).await?;
         let target = target.unwrap_or(self.config.default_pool_target);
         let name = ready.name.clone();
@@ -284,7 +291,11 @@ impl Engine {
         }
     }
 
-    async fn remove(&self, sandbox: Arc<Sandbox>, reason: &'static str) -> Result<(), SandboxError> {
+    async fn remove(
+        &self,
+        sandbox: Arc<Sandbox>,
+        reason: &'static str,
+    ) -> Result<(), SandboxError> {
         let id = sandbox.data().id;
         let mut machine = sandbox.machine.lock().await;
         if sandbox.state() == State::Deleting {
@@ -307,12 +318,21 @@ impl Engine {
         Ok(())
     }
 
+    /// Lets claimed sandboxes and the page server outlive this process, for an upgrade: the next
+    /// service on the same home takes them back. Parked VMs are nobody's and go.
+    pub async fn leave(self: &Arc<Self>) {
+        for sandbox in self.sandboxes() {
+            // A transition under way is waited for; it is bounded by its own deadlines.
+            if let Some(machine) = sandbox.machine.lock().await.take() {
+                machine.leave_running();
+            }
+        }
+        self.end_tasks().await;
+    }
+
     /// Kills every VM and stops the page server. Afterwards no process, socket or file of a VM is
     /// left.
     pub async fn shutdown(self: &Arc<Self>) {
-        for pool in &self.pools {
-            pool.close();
-        }
         let mut removals = JoinSet::new();
         for sandbox in self.sandboxes() {
             if sandbox.state() == State::Paused {
@@ -326,6 +346,14 @@ impl Engine {
                 tracing::error!("shutdown: {e}");
             }
         }
+        self.end_tasks().await;
+        self.pager.shutdown();
+    }
+
+    async fn end_tasks(&self) {
+        for pool in &self.pools {
+            pool.close();
+        }
         self.expiries.close();
         let mut tasks = {
             let mut tasks = self.tasks.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -337,6 +365,5 @@ impl Engine {
             tracing::warn!("some work did not end in time and is dropped");
         }
         tasks.shutdown().await;
-        self.pager.shutdown();
     }
 }

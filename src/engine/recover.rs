@@ -48,6 +48,10 @@ impl Engine {
     /// Reconnects to a claimed sandbox's VM; one that does not answer is removed.
     async fn take_back(self: &Arc<Self>, row: VmRow) -> Result<bool, DbError> {
         let attempt = async {
+            let lost = self.pager.lost_at_start();
+            if let Some((_, why)) = lost.iter().find(|(id, _)| *id == row.id) {
+                return Err(format!("its memory cannot be served: {why}"));
+            }
             let record = row.record.as_ref().ok_or_else(|| "it had no process".to_owned())?;
             let vm = self.context.driver.adopt(record).await.map_err(|e| e.to_string())?;
             let vm: Arc<dyn Vm> = Arc::from(vm);
@@ -68,7 +72,8 @@ impl Engine {
                 self.sandboxes.insert(row.id.clone(), Arc::clone(&sandbox));
                 self.expiries.set(&row.id, Instant::now() + left);
                 self.watch_sandbox(&sandbox, process);
-                metrics::counter!("rethaw_vms_recovered_total", "outcome" => "serving").increment(1);
+                metrics::counter!("rethaw_vms_recovered_total", "outcome" => "serving")
+                    .increment(1);
                 tracing::info!(sandbox = %row.id, "taken back");
                 Ok(true)
             }

@@ -119,7 +119,7 @@ pub struct SandboxData {
 pub struct Sandbox {
     // Std locks: held for a copy, never across an await.
     data: RwLock<SandboxData>,
-    identity: RwLock<StoredIdentity>,
+    identity: StoredIdentity,
     state: RwLock<State>,
     agent: RwLock<Option<AgentClient>>,
     /// The machine; `None` while paused or gone. Held for as long as a transition takes: this lock
@@ -140,7 +140,7 @@ impl Sandbox {
     pub fn running(data: SandboxData, identity: StoredIdentity, machine: Machine) -> Self {
         Self {
             data: RwLock::new(data),
-            identity: RwLock::new(identity),
+            identity,
             state: RwLock::new(State::Running),
             agent: RwLock::new(Some(machine.agent.clone())),
             machine: Mutex::new(Some(machine)),
@@ -151,7 +151,7 @@ impl Sandbox {
     pub fn paused(data: SandboxData, identity: StoredIdentity) -> Self {
         Self {
             data: RwLock::new(data),
-            identity: RwLock::new(identity),
+            identity,
             state: RwLock::new(State::Paused),
             agent: RwLock::new(None),
             machine: Mutex::new(None),
@@ -172,12 +172,7 @@ impl Sandbox {
 
     /// Its identity.
     pub fn identity(&self) -> StoredIdentity {
-        read(&self.identity)
-    }
-
-    /// Sets the identity after a new one was proven.
-    pub fn set_identity(&self, identity: StoredIdentity) {
-        write(&self.identity, identity);
+        self.identity.clone()
     }
 
     /// Its state.

@@ -76,7 +76,8 @@ impl Engine {
         scratch: Scratch,
     ) -> Result<(Draft, Manifest), WorkspaceError> {
         let id = ids::new_id();
-        let draft = self.store.draft(&id).map_err(file("cannot make", self.store.dir(&id).as_path()))?;
+        let draft =
+            self.store.draft(&id).map_err(file("cannot make", self.store.dir(&id).as_path()))?;
         machine.vm.snapshot(draft.dir()).await?;
         let disk = machine.dir().scratch();
         let target = draft.dir().join(SCRATCH);
@@ -147,9 +148,8 @@ impl Engine {
 
     /// Removes a snapshot that no template and no sandbox needs any more.
     pub(super) fn drop_workspace(&self, snapshot: &str) {
-        let template = self.templates().iter().any(|t| {
-            t.ready().is_some_and(|r| r.snapshot == snapshot)
-        });
+        let template =
+            self.templates().iter().any(|t| t.ready().is_some_and(|r| r.snapshot == snapshot));
         let needed = template
             || self.sandboxes().iter().any(|s| {
                 let data = s.data();
@@ -195,7 +195,9 @@ fn stack_deltas(
         deltas.push(delta::layer(&top));
         let merged = dir.join("merged");
         delta::merge(base, &deltas, memory_bytes, &merged)?;
-        for (from, to) in [(merged.clone(), top.clone()), (delta::index_of(&merged), delta::index_of(&top))] {
+        for (from, to) in
+            [(merged.clone(), top.clone()), (delta::index_of(&merged), delta::index_of(&top))]
+        {
             std::fs::rename(&from, &to).map_err(file("cannot rename", &from))?;
         }
         return Ok(vec![DELTA.to_owned()]);

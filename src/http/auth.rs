@@ -35,8 +35,11 @@ impl ApiKey {
             )),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 let key = ids::new_secret("rtw");
-                let mut file =
-                    std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+                let mut file = std::fs::OpenOptions::new()
+                    .write(true)
+                    .create_new(true)
+                    .mode(0o600)
+                    .open(path)?;
                 io::Write::write_all(&mut file, format!("{key}\n").as_bytes())?;
                 file.sync_all()?;
                 Ok(Self::of(&key))

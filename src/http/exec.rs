@@ -87,7 +87,8 @@ fn check(body: &ExecBody) -> Result<(), ApiError> {
     if let Some(t) = body.timeout_seconds
         && !(t > 0.0 && t <= MAX_TIMEOUT_SECONDS)
     {
-        let message = format!("timeout_seconds: {t} is not above 0 and up to {MAX_TIMEOUT_SECONDS}");
+        let message =
+            format!("timeout_seconds: {t} is not above 0 and up to {MAX_TIMEOUT_SECONDS}");
         return Err(ApiError::invalid(message));
     }
     check_env(&body.env)

@@ -7,8 +7,8 @@ use axum::http::StatusCode;
 use serde::de::DeserializeOwned;
 use serde_json::error::Category;
 
-use super::error::ApiError;
 use super::MAX_JSON_BYTES;
+use super::error::ApiError;
 
 /// A JSON body, parsed.
 #[derive(Debug)]

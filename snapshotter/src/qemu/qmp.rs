@@ -78,9 +78,9 @@ impl Qmp {
         let (read, writer) = stream.into_split();
         let mut lines = BufReader::new(read);
         let mut greeting = String::new();
-        tokio::time::timeout(deadline, lines.read_line(&mut greeting)).await.map_err(|_| {
-            QmpError::Timeout { command: "greeting".to_owned(), after: deadline }
-        })??;
+        tokio::time::timeout(deadline, lines.read_line(&mut greeting))
+            .await
+            .map_err(|_| QmpError::Timeout { command: "greeting".to_owned(), after: deadline })??;
         if !greeting.contains("\"QMP\"") {
             let text = if greeting.is_empty() { "closed before its greeting" } else { &greeting };
             return Err(io::Error::new(io::ErrorKind::InvalidData, text.to_owned()).into());

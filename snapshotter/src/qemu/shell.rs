@@ -43,9 +43,7 @@ pub(super) async fn prepare(driver: &Qemu, spec: &RestoreSpec) -> Result<QemuShe
     let mut env = Vec::new();
     let uffd_socket = spec.run_dir.join("uffd.sock");
     let (memory_arg, memory, listener) = match spec.backend {
-        MemoryBackend::File => {
-            (Memory::PrivateFile(&spec.memory_file), GuestMemory::Private, None)
-        }
+        MemoryBackend::File => (Memory::PrivateFile(&spec.memory_file), GuestMemory::Private, None),
         MemoryBackend::Uffd => {
             let memfd = guest_memfd(spec).map_err(file_err("memory for", &spec.run_dir))?;
             let for_child = memfd.try_clone().map_err(file_err("memory for", &spec.run_dir))?;
@@ -118,11 +116,8 @@ async fn register(
 ) -> Result<Arc<Supervisor>, VmmError> {
     let pager = Arc::clone(&driver.pager);
     let (id, plan) = (spec.id.clone(), spec.memory.clone());
-    let expect = Expect {
-        memory_bytes: spec.size.memory_bytes,
-        peer_uid: None,
-        peer_pid: Some(pid),
-    };
+    let expect =
+        Expect { memory_bytes: spec.size.memory_bytes, peer_uid: None, peer_pid: Some(pid) };
     let work = move || -> Result<Arc<Supervisor>, String> {
         let handshake = handshake::accept(&listener, &expect, START_DEADLINE)
             .map_err(|e| format!("handshake: {e}"))?;

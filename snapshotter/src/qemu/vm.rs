@@ -17,9 +17,9 @@ use uffd_handler::supervisor::Supervisor;
 use super::args::MEMORY_FD;
 use super::qmp::{Event, Qmp};
 use super::{COMMAND_DEADLINE, KILL_DEADLINE, STATE_DEADLINE, VMM};
-use crate::{delta, manifest};
 use crate::process::{ExitReason, Process, set_nice};
 use crate::vmm::{MemoryBackend, Priority, SnapshotFiles, Vm, VmRecord, VmmError};
+use crate::{delta, manifest};
 
 /// Key in [`VmRecord::details`]: the layers of a restored VM's memory, JSON.
 pub(super) const LAYERS: &str = "memory_layers";
@@ -42,9 +42,10 @@ impl GuestMemory {
             MemoryBackend::File => Ok(Self::Private),
             MemoryBackend::Uffd => {
                 let path = format!("/proc/{}/fd/{MEMORY_FD}", record.process.pid);
-                let file = File::options().read(true).write(true).open(&path).map_err(|source| {
-                    VmmError::File { what: "cannot open", path: path.into(), source }
-                })?;
+                let file =
+                    File::options().read(true).write(true).open(&path).map_err(|source| {
+                        VmmError::File { what: "cannot open", path: path.into(), source }
+                    })?;
                 Ok(Self::Memfd(Arc::new(file)))
             }
         }
@@ -163,9 +164,7 @@ impl Vm for QemuVm {
         self.write_vmstate(&vmstate).await?;
         let mut phases = vec![("vmstate", started.elapsed())];
         match &self.memory {
-            GuestMemory::OnFile => {
-                Ok(SnapshotFiles { vmstate, memory: None, delta: None, phases })
-            }
+            GuestMemory::OnFile => Ok(SnapshotFiles { vmstate, memory: None, delta: None, phases }),
             GuestMemory::Memfd(memfd) => {
                 let started = Instant::now();
                 let (memfd, layers) = (Arc::clone(memfd), self.layers()?);
@@ -173,10 +172,8 @@ impl Vm for QemuVm {
                 let path = data.clone();
                 let work = move || delta::write(&memfd, &layers, &path);
                 let written = tokio::task::spawn_blocking(work).await;
-                let failed = |message: String| VmmError::Memory {
-                    id: self.record.id.clone(),
-                    message,
-                };
+                let failed =
+                    |message: String| VmmError::Memory { id: self.record.id.clone(), message };
                 let summary = written.map_err(|e| failed(e.to_string()))?;
                 summary.map_err(|e| failed(e.to_string()))?;
                 phases.push(("memory", started.elapsed()));

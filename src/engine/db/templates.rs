@@ -42,37 +42,6 @@ impl Db {
         .await
     }
 
-    /// Every template.
-    pub async fn templates(&self) -> Result<Vec<TemplateRow>, DbError> {
-        self.run(|c| {
-            let sql = "SELECT name, snapshot, state, spec, error, created_at FROM templates
-                       ORDER BY name";
-            let mut statement = c.prepare(sql)?;
-            let rows = statement.query_map([], |row| {
-                Ok(TemplateRow {
-                    name: row.get(0)?,
-                    snapshot: row.get(1)?,
-                    state: row.get(2)?,
-                    spec: row.get(3)?,
-                    error: row.get(4)?,
-                    created_at: row.get(5)?,
-                })
-            })?;
-            rows.map(|row| row.map_err(DbError::from)).collect()
-        })
-        .await
-    }
-
-    /// Removes a template's row.
-    pub async fn template_remove(&self, name: &str) -> Result<(), DbError> {
-        let name = name.to_owned();
-        self.run(move |c| {
-            c.execute("DELETE FROM templates WHERE name = ?1", [name])?;
-            Ok(())
-        })
-        .await
-    }
-
     /// How many VMs of a template to keep parked, if an operator ever said so.
     pub async fn pool_target(&self, template: &str) -> Result<Option<u32>, DbError> {
         let template = template.to_owned();

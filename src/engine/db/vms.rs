@@ -57,10 +57,6 @@ pub struct StoredIdentity {
 pub struct VmRow {
     /// Its id, the sandbox's too.
     pub id: String,
-    /// Template it came from.
-    pub template: String,
-    /// Snapshot it was restored from.
-    pub snapshot: String,
     /// How far it has come.
     pub stage: Stage,
     /// Its process, if it had one.
@@ -75,7 +71,10 @@ fn json<T: Serialize>(what: &'static str, value: &T) -> Result<String, DbError> 
     serde_json::to_string(value).map_err(|source| DbError::Malformed { what, source })
 }
 
-fn parse<T: DeserializeOwned>(what: &'static str, text: Option<String>) -> Result<Option<T>, DbError> {
+fn parse<T: DeserializeOwned>(
+    what: &'static str,
+    text: Option<String>,
+) -> Result<Option<T>, DbError> {
     text.map(|t| serde_json::from_str(&t))
         .transpose()
         .map_err(|source| DbError::Malformed { what, source })
@@ -88,7 +87,12 @@ fn now() -> String {
 
 impl Db {
     /// Intent: a VM is about to be spawned.
-    pub async fn vm_starting(&self, id: &str, template: &str, snapshot: &str) -> Result<(), DbError> {
+    pub async fn vm_starting(
+        &self,
+        id: &str,
+        template: &str,
+        snapshot: &str,
+    ) -> Result<(), DbError> {
         let (id, template, snapshot) = (id.to_owned(), template.to_owned(), snapshot.to_owned());
         self.run(move |c| {
             let sql = "INSERT INTO vms (id, template, snapshot, stage, created_at)
@@ -140,7 +144,24 @@ impl Db {
         .await
     }
 
-    /// The VM is (about to be) somebody's sandbox, or its sandbox changed.
+    /// The VM is about to be somebody's sandbox.
+    pub async fn vm_claimed(
+        &self,
+        id: &str,
+        sandbox: &SandboxData,
+        identity: &StoredIdentity,
+    ) -> Result<(), DbError> {
+        let (id, sandbox) = (id.to_owned(), json("sandbox", sandbox)?);
+        let identity = json("identity", identity)?;
+        self.run(move |c| {
+            let sql = "UPDATE vms SET stage = 'claimed', sandbox = ?2, identity = ?3 WHERE id = ?1";
+            c.prepare_cached(sql)?.execute(params![id, sandbox, identity])?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// A sandbox changed.
     pub async fn vm_sandbox(
         &self,
         id: &str,
@@ -169,7 +190,7 @@ impl Db {
     /// Every VM the database knows.
     pub async fn vms(&self) -> Result<Vec<VmRow>, DbError> {
         self.run(|c| {
-            let sql = "SELECT id, template, snapshot, stage, record, identity, sandbox FROM vms";
+            let sql = "SELECT id, stage, record, identity, sandbox FROM vms";
             let mut statement = c.prepare(sql)?;
             let rows = statement.query_map([], raw_row)?;
             rows.map(|row| row.map_err(DbError::from)?.parse()).collect()
@@ -180,8 +201,6 @@ impl Db {
 
 struct RawRow {
     id: String,
-    template: String,
-    snapshot: String,
     stage: String,
     record: Option<String>,
     identity: Option<String>,
@@ -191,12 +210,10 @@ struct RawRow {
 fn raw_row(row: &Row<'_>) -> rusqlite::Result<RawRow> {
     Ok(RawRow {
         id: row.get(0)?,
-        template: row.get(1)?,
-        snapshot: row.get(2)?,
-        stage: row.get(3)?,
-        record: row.get(4)?,
-        identity: row.get(5)?,
-        sandbox: row.get(6)?,
+        stage: row.get(1)?,
+        record: row.get(2)?,
+        identity: row.get(3)?,
+        sandbox: row.get(4)?,
     })
 }
 
@@ -204,8 +221,6 @@ impl RawRow {
     fn parse(self) -> Result<VmRow, DbError> {
         Ok(VmRow {
             id: self.id,
-            template: self.template,
-            snapshot: self.snapshot,
             stage: Stage::parse(&self.stage),
             record: parse("VM record", self.record)?,
             identity: parse("identity", self.identity)?,

@@ -1,13 +1,15 @@
 //! Homes: a data directory for one test, with the guest image and the golden snapshot of all.
 //!
 //! ```text
-//! $RETHAW_HOME/images, kernels  guest images      <- symlinks ---+
-//! $RETHAW_HOME/snapshots        golden snapshots  <- hard links -+
-//! $RETHAW_HOME/t/<pid>-<n>      home of one test ----------------+
+//! $RETHAW_HOME/images, kernels  guest images       <- symlinks ---+
+//! $RETHAW_HOME/t/snapshots      golden snapshots   <- hard links -+
+//! $RETHAW_HOME/t/<pid>-<n>      home of one test -----------------+
 //! ```
 //!
 //! The first test to come makes what is not there yet (minutes) and shares it; what a test run
 //! that was killed left behind is removed then, too. Paths are short: sockets must fit.
+//! `$RETHAW_HOME` itself may be in use: nothing but images and kernels, which have locks of their
+//! own, is written there.
 
 use std::fs::File;
 use std::io::ErrorKind;
@@ -59,7 +61,7 @@ impl Home {
         for shared in ["images", "kernels"] {
             std::os::unix::fs::symlink(cache().join(shared), path.join(shared)).unwrap();
         }
-        for golden in golden_snapshots(&cache()) {
+        for golden in golden_snapshots(&cache().join("t")) {
             link_folder(&golden, &path.join("snapshots").join(golden.file_name().unwrap()));
         }
         Self { path, _slot: slot }
@@ -150,7 +152,7 @@ fn remove(home: &Path) {
 /// itself decides, by starting on it once.
 async fn warm_up() {
     let parent = cache().join("t");
-    for dir in ["t", "images", "kernels", "snapshots"] {
+    for dir in ["t", "images", "kernels"] {
         std::fs::create_dir_all(cache().join(dir)).unwrap();
     }
     let lock = File::create(parent.join(".lock")).unwrap();
@@ -159,16 +161,22 @@ async fn warm_up() {
     sweep(&parent);
     let spare = Box::leak(Box::new(Semaphore::new(1)));
     let home = Home::make(spare.acquire().await.unwrap());
+    for golden in golden_snapshots(&cache()) {
+        link_folder(&golden, &home.path.join("snapshots").join(golden.file_name().unwrap()));
+    }
     let service = Service::start_on(home, 0, BAKE_DEADLINE).await;
-    for golden in golden_snapshots(service.home().path()) {
-        let name = golden.file_name().unwrap();
-        let target = cache().join("snapshots").join(name);
-        if !target.exists() {
-            // Whole or not at all, as the service itself does it.
-            let draft = cache().join("t").join(name);
-            link_folder(&golden, &draft);
-            std::fs::rename(&draft, &target).unwrap();
-        }
+    let template = service.client().get("/v1/templates/base").await.expect(200);
+    let id = template["snapshot"]["id"].as_str().unwrap();
+    let shared = parent.join("snapshots").join(id);
+    if !shared.exists() {
+        // Those of other versions are of no more use.
+        let _ = std::fs::remove_dir_all(parent.join("snapshots"));
+        // Whole or not at all, as the service itself does it.
+        let draft = parent.join("draft");
+        let _ = std::fs::remove_dir_all(&draft);
+        link_folder(&service.home().path().join("snapshots").join(id), &draft);
+        std::fs::create_dir_all(parent.join("snapshots")).unwrap();
+        std::fs::rename(&draft, &shared).unwrap();
     }
     service.stop().await;
 }
@@ -185,7 +193,7 @@ fn sweep(parent: &Path) {
 }
 
 /// Snapshots that stand on nothing: templates made by a cold boot.
-fn golden_snapshots(home: &Path) -> Vec<PathBuf> {
+pub fn golden_snapshots(home: &Path) -> Vec<PathBuf> {
     let dirs = std::fs::read_dir(home.join("snapshots")).into_iter().flatten().flatten();
     let golden = |dir: &PathBuf| {
         let text = std::fs::read(dir.join("manifest.json")).ok();
@@ -197,6 +205,9 @@ fn golden_snapshots(home: &Path) -> Vec<PathBuf> {
 
 /// The same files under another name; published files are never written to.
 fn link_folder(from: &Path, to: &Path) {
+    if to.exists() {
+        return;
+    }
     std::fs::create_dir_all(to).unwrap();
     for file in std::fs::read_dir(from).unwrap().flatten() {
         let target = to.join(file.file_name());

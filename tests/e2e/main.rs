@@ -12,6 +12,13 @@ mod home;
 mod process;
 mod service;
 
+mod commands;
+mod death;
 mod exec;
 mod files;
+mod fork;
+mod identity;
+mod pause;
+mod refusals;
+mod restart;
 mod sandboxes;

@@ -15,12 +15,15 @@ use crate::server::ApiError;
 use crate::wire::{AgentState, Health, codes};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// Where the state outlives the agent; gone with the next boot, as it should be.
 const STATE: &str = "/run/rethaw/state";
+/// Longer than any state's name.
+const STATE_LENGTH: usize = 32;
 const GENERATION: &str = "/run/rethaw/generation";
 
 /// Where the agent finds the system it looks after.
@@ -47,6 +50,8 @@ pub struct Agent {
     state: Cell<AgentState>,
     /// Generation of the identity last applied.
     pub generation: RefCell<Option<String>>,
+    /// What was made ready for the identity to come.
+    pub ready: RefCell<crate::identity::Ready>,
     /// Environment of every command, from the claim.
     pub env: RefCell<BTreeMap<String, String>>,
     /// The group every command runs in.
@@ -75,6 +80,7 @@ impl Agent {
             root: config.root,
             state: Cell::new(state),
             generation: RefCell::new(generation),
+            ready: RefCell::default(),
             env: RefCell::new(BTreeMap::new()),
             workload: Workload::new(config.cgroup),
             processes: Processes::default(),
@@ -96,20 +102,30 @@ impl Agent {
         self.state.get()
     }
 
+    /// Counts the machine as failed for as long as this agent lives and nobody says otherwise. In
+    /// the file it stays frozen, which lets nobody in either, but a new identity.
+    pub fn distrust(&self) {
+        self.state.set(AgentState::IdentityFailed);
+    }
+
     /// Enters another state.
     ///
     /// # Errors
     /// It cannot be kept; the agent is in the old one still.
     pub fn set_state(&self, state: AgentState) -> io::Result<()> {
         let path = self.path(STATE);
-        let text = serde_json::to_string(&state)?;
-        match fs::write(&path, &text) {
+        let mut text = serde_json::to_string(&state)?;
+        // Always of one length: a restore has no time for cutting a file short.
+        text.extend(std::iter::repeat_n(' ', STATE_LENGTH.saturating_sub(text.len())));
+        let open = || OpenOptions::new().write(true).create(true).truncate(false).open(&path);
+        let file = match open() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 fs::create_dir_all(self.path("/run/rethaw"))?;
-                fs::write(&path, &text)?;
+                open()?
             }
             result => result?,
-        }
+        };
+        file.write_all_at(text.as_bytes(), 0)?;
         self.state.set(state);
         Ok(())
     }

@@ -83,6 +83,14 @@ impl AgentClient {
         self.call(Method::POST, "/settle", Some(request), deadline).await
     }
 
+    /// Looks for what a template should not hand to every clone.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn lint(&self, deadline: Duration) -> Result<wire::LintReport, AgentError> {
+        self.call(Method::POST, "/lint", None::<&()>, deadline).await
+    }
+
     /// Freezes the workload for a pause or a fork.
     ///
     /// # Errors

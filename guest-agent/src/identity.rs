@@ -14,6 +14,7 @@ mod machine_id;
 mod network;
 mod proof;
 mod random_seed;
+mod ready;
 mod sockets;
 mod ssh_host_keys;
 mod thaw;
@@ -21,6 +22,7 @@ mod token;
 mod write;
 
 pub use proof::Verified;
+pub use ready::{Ready, prepare as prepare_copy};
 
 use crate::agent::Agent;
 use crate::clock::{HostTime, Instant};
@@ -53,13 +55,13 @@ pub async fn apply(
     let wanted_network = network::Wanted::parse(&request).map_err(invalid)?;
     let host = HostTime::new(request.wall_clock_unix_nanos, received)?;
     // Until every item is proven the machine counts as failed, whatever interrupts this.
-    agent.set_state(AgentState::IdentityFailed)?;
+    agent.distrust();
     let context = Context { agent, request: &request, host };
     let mut run = Run::default();
     run.item(entropy::Entropy::default(), &context).await;
     run.item(clock::Clock, &context).await;
-    run.item(network::Network::new(wanted_network), &context).await;
-    run.item(sockets::Sockets::find(), &context).await;
+    run.item(network::Network::new(agent, wanted_network), &context).await;
+    run.item(sockets::Sockets::new(agent), &context).await;
     run.item(hostname::Hostname, &context).await;
     run.item(machine_id::MachineId, &context).await;
     run.item(boot_id::BootId, &context).await;
@@ -70,7 +72,9 @@ pub async fn apply(
     run.item(hooks::Hooks::find(agent), &context).await;
     run.item(thaw::Thaw, &context).await;
     let (items, failed) = run.finish();
-    if !failed {
+    if failed {
+        agent.set_state(AgentState::IdentityFailed)?;
+    } else {
         *agent.generation.borrow_mut() = Some(request.generation.clone());
         *agent.env.borrow_mut() = request.env;
         agent.set_state(AgentState::Live)?;
@@ -78,19 +82,20 @@ pub async fn apply(
     Ok(IdentityReport { generation: request.generation, items, total_micros: received.micros() })
 }
 
-/// Does at the making of a template what would be slow in each of its clones: files are brought to
-/// the writable layer, the boot id is mounted over, the NIC is up.
+/// Does at the making of a template what would be slow in each of its clones: files move to memory,
+/// the boot id is mounted over, the NIC is up.
 ///
 /// # Errors
 /// What could not be done.
 pub fn prepare(agent: &Agent) -> Result<(), ApiError> {
     for path in ["/etc/hostname", "/etc/hosts", "/etc/machine-id", "/etc/resolv.conf"] {
-        write::prepare(&agent.path(path)).map_err(|e| ApiError::from_io(&e, path))?;
+        write::prepare(agent, path).map_err(|e| ApiError::from_io(&e, path))?;
     }
     // What is looked for and not found is remembered by the kernel, and so by the snapshot.
     ssh_host_keys::in_template(agent);
-    hooks::Hooks::find(agent);
+    prepare_copy(agent);
     machine_id::prepare(agent).map_err(|e| ApiError::internal(e.to_string()))?;
+    generation::prepare(agent).map_err(|e| ApiError::internal(e.to_string()))?;
     boot_id::prepare(agent).map_err(|e| ApiError::internal(format!("boot_id: {e}")))?;
     network::prepare().map_err(|e| ApiError::internal(format!("network: {e}")))
 }

@@ -16,6 +16,7 @@ mod entropy;
 mod exec;
 mod files;
 mod identity;
+mod lint;
 mod netlink;
 mod query;
 mod random;

@@ -84,6 +84,7 @@ pub fn freeze(agent: &Agent, request: &FreezeRequest) -> Result<SettleReport, Ap
     let started = Instant::now()?;
     require_live(agent, "frozen")?;
     agent.workload.freeze().map_err(|e| thawed(agent, e.into()))?;
+    crate::identity::prepare_copy(agent);
     if request.sync {
         nix::unistd::sync();
     }

@@ -7,6 +7,7 @@ mod error;
 mod exec;
 mod files;
 mod identity;
+mod lint;
 mod payload;
 
 pub use error::{ErrorBody, codes};
@@ -21,6 +22,7 @@ pub use identity::{
     IdentityFailure, IdentityItem, IdentityReport, IdentityRequest, Ipv4Config, Ipv6Config,
     ProvenIdentity, REQUIRED_ITEMS,
 };
+pub use lint::{LintFinding, LintReport};
 pub use payload::{Base64, Chunk, Encoding};
 
 use serde::{Deserialize, Serialize};

@@ -17,7 +17,7 @@ use guest_agent::wire::{
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::rc::Rc;
@@ -50,6 +50,9 @@ impl Machine {
         put("var/lib/dbus/machine-id", "0123456789abcdef0123456789abcdef\n");
         put("var/lib/systemd/random-seed", "seed");
         put("etc/rethaw/fault-injection", "");
+        // As in a guest, where it is in memory.
+        let run = root.path().join("run");
+        mount(Some("none"), &run, Some("tmpfs"), MsFlags::empty(), none).unwrap();
         nix::unistd::sethostname("golden").unwrap();
         let hierarchy = root.path().join("cgroup");
         mount(Some("none"), &hierarchy, Some("cgroup2"), MsFlags::empty(), none).unwrap();
@@ -98,7 +101,10 @@ impl Drop for Machine {
         for dir in [slice.join("rethaw-exec"), slice, self.cgroup.clone()] {
             let _ = fs::remove_dir(dir);
         }
-        let _ = umount2(&self.path("cgroup"), MntFlags::MNT_DETACH);
+        let mounts = ["etc/hostname", "etc/hosts", "etc/machine-id", "etc/resolv.conf", "run"];
+        for mount in mounts.iter().chain(&["cgroup"]) {
+            let _ = umount2(&self.path(mount), MntFlags::MNT_DETACH);
+        }
     }
 }
 
@@ -208,6 +214,13 @@ fn a_settled_machine_takes_one_identity_and_runs() {
             Path::new("/etc/machine-id")
         );
         assert_eq!(machine.read("etc/hostname"), "vm-2a\n");
+        // Written in memory: the disk has what the template had.
+        let device = |path: &str| fs::metadata(machine.path(path)).unwrap().dev();
+        for path in ["etc/hostname", "etc/hosts", "etc/machine-id"] {
+            assert_eq!(device(path), device("run"), "{path}");
+        }
+        umount2(&machine.path("etc/hostname"), MntFlags::MNT_DETACH).unwrap();
+        assert_eq!(machine.read("etc/hostname"), "golden\n");
         assert_eq!(machine.read("etc/hosts"), "127.0.0.1 localhost\n127.0.1.1\tvm-2a\n");
         assert_eq!(machine.read("etc/resolv.conf"), "nameserver 10.9.8.1\n");
         assert_eq!(machine.read("run/rethaw/generation").trim(), request.generation);

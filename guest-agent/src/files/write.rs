@@ -136,9 +136,20 @@ impl Upload {
             (None, None) => {}
         }
         self.file.set_permissions(fs::Permissions::from_mode(mode))?;
-        fs::rename(&self.temporary, target)?;
-        self.kept = true;
-        Ok(())
+        match fs::rename(&self.temporary, target) {
+            // Something is mounted on it, as on /etc/hosts in every sandbox: it is what is seen
+            // there that has to change. The copy has owner and mode of what is copied.
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                fs::copy(&self.temporary, target)?;
+                let meta = self.file.metadata()?;
+                chown(target, Some(meta.uid()), Some(meta.gid()))
+            }
+            result => {
+                result?;
+                self.kept = true;
+                Ok(())
+            }
+        }
     }
 }
 

@@ -2,8 +2,23 @@
 
 use super::proof::{Context, Item, ItemError, Reading};
 use super::write;
+use crate::agent::Agent;
+use std::fs;
 
 const GENERATION: &str = "/run/rethaw/generation";
+
+/// What the file holds in a template: nobody's.
+const NONE: &str = "00000000-0000-0000-0000-000000000000\n";
+
+/// Makes the file, so that a clone has only to change it.
+///
+/// # Errors
+/// `/run` cannot be written.
+pub fn prepare(agent: &Agent) -> Result<(), ItemError> {
+    let folder = agent.path("/run/rethaw");
+    fs::create_dir_all(&folder).map_err(ItemError::io(format!("make {}", folder.display())))?;
+    write::update(&agent.path(GENERATION), NONE, 0o644)
+}
 
 /// The item.
 #[derive(Debug)]

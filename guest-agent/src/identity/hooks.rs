@@ -3,6 +3,8 @@
 //! must end with 0 within the time given.
 
 use super::proof::{Context, Item, ItemError, Reading};
+use super::ready;
+use crate::agent::Agent;
 use crate::exec::tool;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -24,19 +26,24 @@ pub struct Hooks {
 }
 
 impl Hooks {
-    /// Finds the hooks.
-    pub fn find(agent: &crate::agent::Agent) -> Self {
-        let entries = fs::read_dir(agent.path(DIR)).into_iter().flatten().flatten();
-        let mut hooks: Vec<PathBuf> = entries
-            .filter(|e| !e.file_name().to_string_lossy().starts_with('.'))
-            .map(|e| e.path())
-            .filter(|p| {
-                fs::metadata(p).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
-            })
-            .collect();
-        hooks.sort_unstable();
-        Self { hooks, results: Vec::new() }
+    /// The hooks of a machine that waits for its identity.
+    pub fn find(agent: &Agent) -> Self {
+        Self { hooks: ready::hooks(agent), results: Vec::new() }
     }
+}
+
+/// What is in the folder now.
+pub fn list(agent: &Agent) -> Vec<PathBuf> {
+    let entries = fs::read_dir(agent.path(DIR)).into_iter().flatten().flatten();
+    let mut hooks: Vec<PathBuf> = entries
+        .filter(|e| !e.file_name().to_string_lossy().starts_with('.'))
+        .map(|e| e.path())
+        .filter(|p| {
+            fs::metadata(p).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+        })
+        .collect();
+    hooks.sort_unstable();
+    hooks
 }
 
 fn environment(context: &Context<'_>) -> Vec<(String, String)> {

@@ -2,15 +2,25 @@
 //!
 //! The link stays up, because taking it down makes the kernel wait for every processor: with the
 //! last address of a kind its routes go, and a new hardware address empties the neighbour table.
+//!
+//! Most machines come without any address and want none. Then two short questions take the place
+//! of listing addresses and routes: without an address there is no gateway to be reached.
+
+mod link;
+
+pub use link::Links;
 
 use super::proof::{Context, Item, ItemError, Reading};
-use super::write;
+use super::{ready, write};
+use crate::agent::Agent;
 use crate::netlink::{Message, Netlink, Request, u32_at};
-use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
+use link::Link;
+use nix::sys::socket::SockProtocol;
+use std::cell::Cell;
 use std::fmt::Write as _;
+use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::os::fd::{AsRawFd, OwnedFd};
 
 const DEFAULT_INTERFACE: &str = "eth0";
 const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -19,11 +29,16 @@ const IFINFO: usize = 16;
 const IFADDR: usize = 8;
 const RTMSG: usize = 12;
 const IFA_F_NODAD: u8 = 0x02;
+/// Switches of IPv6 on one link.
+const IPV6: &str = "/proc/sys/net/ipv6/conf";
 
 /// The item.
 #[derive(Debug)]
 pub struct Network {
     wanted: Wanted,
+    /// The link as last read, and whether it had no address.
+    seen: Cell<Option<(Link, bool)>>,
+    links: io::Result<Links>,
 }
 
 /// The request's settings, understood.
@@ -121,49 +136,6 @@ fn ifinfo(index: u32, flags: i32, change: i32) -> [u8; IFINFO] {
     body
 }
 
-/// The link as the kernel has it.
-#[derive(Debug, Clone, Copy)]
-struct Link {
-    index: u32,
-    up: bool,
-    mac: [u8; 6],
-}
-
-/// Asks about the link by ioctl: netlink's answer would hold every counter and setting it has.
-fn link(name: &str) -> io::Result<Link> {
-    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-    let mut mac = [0; 6];
-    let hardware = interface_request(&socket, libc::SIOCGIFHWADDR, name)?;
-    // SAFETY: SIOCGIFHWADDR fills in this member.
-    let data = unsafe { hardware.ifr_ifru.ifru_hwaddr }.sa_data;
-    for (byte, value) in mac.iter_mut().zip(data) {
-        *byte = value as u8;
-    }
-    let flags = interface_request(&socket, libc::SIOCGIFFLAGS, name)?;
-    // SAFETY: SIOCGIFFLAGS fills in this member.
-    let flags = i32::from(unsafe { flags.ifr_ifru.ifru_flags });
-    let index = interface_request(&socket, libc::SIOCGIFINDEX, name)?;
-    // SAFETY: SIOCGIFINDEX fills in this member.
-    let index = unsafe { index.ifr_ifru.ifru_ifindex };
-    Ok(Link { index: index as u32, up: flags & libc::IFF_UP != 0, mac })
-}
-
-fn interface_request(socket: &OwnedFd, request: u64, name: &str) -> io::Result<libc::ifreq> {
-    // SAFETY: an all-zero ifreq is valid.
-    let mut interface: libc::ifreq = unsafe { std::mem::zeroed() };
-    if name.len() >= interface.ifr_name.len() {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    for (to, from) in interface.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from as libc::c_char;
-    }
-    // SAFETY: the request reads the name, which ends with a zero, and fills in the union.
-    if unsafe { libc::ioctl(socket.as_raw_fd(), request, &raw mut interface) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(interface)
-}
-
 /// All of the link's addresses, as messages.
 fn addresses(netlink: &mut Netlink, index: u32) -> io::Result<Vec<Message>> {
     let dump = Request::new(libc::RTM_GETADDR, libc::NLM_F_DUMP).payload(&[0; IFADDR]);
@@ -179,6 +151,10 @@ fn link_local(mac: [u8; 6]) -> (IpAddr, u8) {
     (Ipv6Addr::from(bytes).into(), 64)
 }
 
+fn open() -> io::Result<Netlink> {
+    Netlink::open(SockProtocol::NetlinkRoute)
+}
+
 fn raise(netlink: &mut Netlink, index: u32) -> io::Result<()> {
     let body = ifinfo(index, libc::IFF_UP, libc::IFF_UP);
     netlink.change(Request::new(libc::RTM_NEWLINK, 0).payload(&body))
@@ -189,11 +165,25 @@ fn raise(netlink: &mut Netlink, index: u32) -> io::Result<()> {
 /// # Errors
 /// There is one that does not come up.
 pub fn prepare() -> io::Result<()> {
-    match link(DEFAULT_INTERFACE) {
-        Ok(link) if link.up => Ok(()),
-        Ok(link) => raise(&mut Netlink::open(SockProtocol::NetlinkRoute)?, link.index),
-        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
-        Err(error) => Err(error),
+    let link = match Links::open()?.get(DEFAULT_INTERFACE) {
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(()),
+        result => result?,
+    };
+    // Without addresses of the kernel's own making there is nothing to replace in a clone. Those
+    // that get IPv6 get it with their identity.
+    ipv6(DEFAULT_INTERFACE, "addr_gen_mode", "1")?;
+    ipv6(DEFAULT_INTERFACE, "disable_ipv6", "1")?;
+    if link.up {
+        return Ok(());
+    }
+    raise(&mut open()?, link.index)
+}
+
+/// Sets one of IPv6's switches of a link; a kernel without IPv6 has none.
+fn ipv6(interface: &str, switch: &str, value: &str) -> io::Result<()> {
+    match fs::write(format!("{IPV6}/{interface}/{switch}"), value) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
     }
 }
 
@@ -250,8 +240,12 @@ fn gateways(netlink: &mut Netlink, index: u32) -> io::Result<Vec<IpAddr>> {
 
 impl Network {
     /// The item for settings that were understood.
-    pub fn new(wanted: Wanted) -> Self {
-        Self { wanted }
+    pub fn new(agent: &Agent, wanted: Wanted) -> Self {
+        Self { wanted, seen: Cell::new(None), links: ready::links(agent) }
+    }
+
+    fn links(&self) -> io::Result<&Links> {
+        self.links.as_ref().map_err(|e| io::Error::new(e.kind(), e.to_string()))
     }
 
     fn describe(
@@ -275,18 +269,28 @@ impl Network {
             let what = format!("{what} {}", self.wanted.interface);
             move |e| (what, e)
         };
-        let Link { index, up, .. } = link(&self.wanted.interface).map_err(at("find"))?;
-        let mut netlink =
-            Netlink::open(SockProtocol::NetlinkRoute).map_err(at("open netlink for"))?;
-        for message in addresses(&mut netlink, index).map_err(at("list addresses of"))? {
-            let delete = Request::new(libc::RTM_DELADDR, 0).payload(&message.body);
-            netlink.change(delete).map_err(at("remove an address of"))?;
+        let name = &self.wanted.interface;
+        let links = self.links().map_err(at("open a socket for"))?;
+        let (Link { index, up, .. }, bare) = match self.seen.get() {
+            Some(seen) => seen,
+            None => (links.get(name).map_err(at("find"))?, false),
+        };
+        if !bare {
+            let mut netlink = open().map_err(at("open netlink for"))?;
+            for message in addresses(&mut netlink, index).map_err(at("list addresses of"))? {
+                let delete = Request::new(libc::RTM_DELADDR, 0).payload(&message.body);
+                netlink.change(delete).map_err(at("remove an address of"))?;
+            }
         }
-        if let Some(mac) = &self.wanted.mac {
-            let set = Request::new(libc::RTM_NEWLINK, 0)
-                .payload(&ifinfo(index, 0, 0))
-                .attribute(libc::IFLA_ADDRESS, mac);
-            netlink.change(set).map_err(at("set the hardware address of"))?;
+        if let Some(mac) = self.wanted.mac {
+            links.set_mac(name, mac).map_err(at("set the hardware address of"))?;
+        }
+        if up && self.wanted.addresses.is_empty() && self.wanted.gateways.is_empty() {
+            return Ok(());
+        }
+        let mut netlink = open().map_err(at("open netlink for"))?;
+        if self.wanted.addresses.iter().any(|(address, _)| address.is_ipv6()) {
+            ipv6(name, "disable_ipv6", "0").map_err(at("allow IPv6 on"))?;
         }
         if !up {
             raise(&mut netlink, index).map_err(at("bring up"))?;
@@ -317,11 +321,19 @@ impl Item for Network {
 
     fn read(&self, context: &Context<'_>) -> Result<Reading, ItemError> {
         let io = || ItemError::io(format!("read the state of {}", self.wanted.interface));
-        let Link { index, up, mac } = link(&self.wanted.interface).map_err(io())?;
-        let mut netlink = Netlink::open(SockProtocol::NetlinkRoute).map_err(io())?;
-        let addresses = addresses(&mut netlink, index).map_err(io())?;
-        let addresses = addresses.iter().filter_map(address_and_prefix).collect();
-        let gateways = gateways(&mut netlink, index).map_err(io())?;
+        let links = self.links().map_err(io())?;
+        let link = links.get(&self.wanted.interface).map_err(io())?;
+        let bare = links.without_addresses(link.index).map_err(io())?;
+        self.seen.set(Some((link, bare)));
+        let Link { index, up, mac } = link;
+        let (addresses, gateways) = if bare {
+            (Vec::new(), Vec::new())
+        } else {
+            let mut netlink = open().map_err(io())?;
+            let messages = addresses(&mut netlink, index).map_err(io())?;
+            let gateways = gateways(&mut netlink, index).map_err(io())?;
+            (messages.iter().filter_map(address_and_prefix).collect(), gateways)
+        };
         let resolv_conf = match &self.wanted.resolv_conf {
             Some(_) => write::read(&context.agent.path(RESOLV_CONF))?,
             None => String::new(),

@@ -2,8 +2,10 @@
 //! with the same sequence numbers. All that do not stay inside the machine are closed.
 
 use super::proof::{Context, Item, ItemError, Reading};
+use super::ready;
+use crate::agent::Agent;
 use crate::netlink::{Message, Netlink, Request};
-use nix::sys::socket::SockProtocol;
+use std::cell::{Cell, RefCell};
 use std::io;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
@@ -13,16 +15,20 @@ const REQUEST: usize = 56;
 /// Every state but LISTEN (10), TIME_WAIT (6) and NEW_SYN_RECV (12).
 const CONNECTED: u32 = 0xfff & !(1 << 10) & !(1 << 6);
 
-/// The item, with the connections as they were found.
+/// The item, with the socket to ask by and the connections last seen.
 #[derive(Debug)]
 pub struct Sockets {
-    found: io::Result<Vec<Message>>,
+    netlink: RefCell<io::Result<Netlink>>,
+    seen: RefCell<Vec<Message>>,
+    /// What was seen is from this moment: it need not be asked for again.
+    fresh: Cell<bool>,
 }
 
 impl Sockets {
-    /// Looks for connections.
-    pub fn find() -> Self {
-        Self { found: open().and_then(|mut netlink| connections(&mut netlink)) }
+    /// The item.
+    pub fn new(agent: &Agent) -> Self {
+        let netlink = ready::sock_diag(agent);
+        Self { netlink: RefCell::new(netlink), seen: RefCell::default(), fresh: Cell::new(false) }
     }
 }
 
@@ -66,23 +72,41 @@ fn connections(netlink: &mut Netlink) -> io::Result<Vec<Message>> {
     Ok(all)
 }
 
-fn open() -> io::Result<Netlink> {
-    Netlink::open(SockProtocol::NetlinkSockDiag)
-}
-
 impl Item for Sockets {
     fn name(&self) -> &'static str {
         "sockets"
     }
 
     fn not_applicable(&self, _: &Context<'_>) -> Option<String> {
-        let error = self.found.as_ref().err()?;
-        Some(format!("the kernel does not list sockets: {error}"))
+        let mut netlink = self.netlink.borrow_mut();
+        let found = match &mut *netlink {
+            Ok(netlink) => connections(netlink),
+            Err(error) => return Some(format!("no sock_diag: {error}")),
+        };
+        match found {
+            Ok(found) => {
+                *self.seen.borrow_mut() = found;
+                self.fresh.set(true);
+                None
+            }
+            // Only of a kernel built without it. Any other trouble is for the read to report.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Some(format!("the kernel does not list sockets: {error}"))
+            }
+            Err(_) => None,
+        }
     }
 
     fn read(&self, _: &Context<'_>) -> Result<Reading, ItemError> {
-        let list = open().and_then(|mut netlink| connections(&mut netlink));
-        let list = list.map_err(ItemError::io("list sockets"))?;
+        if !self.fresh.take() {
+            let mut netlink = self.netlink.borrow_mut();
+            let list = match &mut *netlink {
+                Ok(netlink) => connections(netlink),
+                Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
+            };
+            *self.seen.borrow_mut() = list.map_err(ItemError::io("list sockets"))?;
+        }
+        let list = self.seen.borrow();
         let ids = list.iter().filter_map(id).map(hex::encode);
         let mut reading = Reading::of(ids.collect::<String>());
         reading.details.insert("connections".to_owned(), list.len().to_string());
@@ -90,9 +114,8 @@ impl Item for Sockets {
     }
 
     async fn apply(&mut self, _: &Context<'_>) -> Result<(), ItemError> {
-        let Ok(found) = &self.found else { return Ok(()) };
-        let mut netlink = open().map_err(ItemError::io("open sock_diag"))?;
-        for message in found {
+        let Ok(netlink) = self.netlink.get_mut() else { return Ok(()) };
+        for message in self.seen.get_mut() {
             let id = id(message).unwrap_or_default();
             let body = request(message.body[0], CONNECTED, id);
             match netlink.change(Request::new(SOCK_DESTROY, 0).payload(&body)) {

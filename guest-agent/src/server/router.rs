@@ -3,10 +3,11 @@
 
 use super::{Answer, ApiError, Body, json, read_json};
 use crate::agent::Agent;
-use crate::wire::codes;
+use crate::wire::{LintReport, codes};
 use crate::{boot, claim, exec, files, identity, settle, tunnel};
 use hyper::body::Incoming;
 use hyper::http::{Method, Request, Response};
+use std::path::Path;
 use std::rc::Rc;
 
 /// Answers one request.
@@ -47,6 +48,7 @@ async fn route(agent: &Rc<Agent>, request: Request<Incoming>) -> Answer {
                 (&Method::POST, "/tunnel") => tunnel::open(query, body).await,
                 (&Method::GET, "/dir") => files::folder::read(query),
                 (&Method::POST, "/dir") => files::folder::make(&read_json(body).await?),
+                (&Method::POST, "/lint") => json(&lint().await?),
                 (&Method::GET, "/stat") => files::folder::stat(query),
                 (&Method::POST, "/move") => files::folder::rename(&read_json(body).await?),
                 (&Method::GET, "/processes") => exec::control::list(agent),
@@ -54,13 +56,22 @@ async fn route(agent: &Rc<Agent>, request: Request<Incoming>) -> Answer {
                     let rest = path.trim_start_matches("/processes/");
                     exec::control::act(agent, method, rest, body).await
                 }
-                (_, "/exec" | "/files" | "/tunnel" | "/dir" | "/stat" | "/move" | "/processes") => {
-                    Err(method_not_allowed(method, path))
-                }
+                (
+                    _,
+                    "/exec" | "/files" | "/tunnel" | "/dir" | "/stat" | "/move" | "/processes"
+                    | "/lint",
+                ) => Err(method_not_allowed(method, path)),
                 _ => Err(ApiError::new(404, codes::NOT_FOUND, format!("no endpoint {path}"))),
             }
         }
     }
+}
+
+/// Looks through the whole system, on a thread of its own: other requests are served meanwhile.
+async fn lint() -> Result<LintReport, ApiError> {
+    let work = || crate::lint::lint(Path::new("/"), Path::new("/proc"));
+    let report = tokio::task::spawn_blocking(work).await;
+    Ok(report.map_err(|e| ApiError::internal(format!("lint: {e}")))??)
 }
 
 fn method_not_allowed(method: &Method, path: &str) -> ApiError {

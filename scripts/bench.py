@@ -242,7 +242,8 @@ def bench_pause(run):
         client.execute(sandbox, ["sh", "-c", "head -c 33554432 /dev/urandom > /dev/shm/changed"])
         paused, took = client.call("POST", f"/v1/sandboxes/{sandbox['id']}/pause")
         pauses.append(took)
-        gather(parts, paused["timings_ms"], ("freeze", "write"))
+        gather(parts, paused["timings_ms"],
+               ("freeze", "vmstate", "memory", "disk", "stack", "publish"))
         resumed, took = client.call("POST", f"/v1/sandboxes/{sandbox['id']}/resume")
         resumes.append(took)
         gather(back, resumed["timings_ms"], ("disk", "spawn", "load", "resume", "agent", "revive"))

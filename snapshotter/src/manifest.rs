@@ -25,13 +25,13 @@ pub const ZERO_MAP: &str = "zero-map.bin";
 pub const SCRATCH: &str = "scratch.img";
 
 /// This crate's snapshot format. A snapshot of another format is refused.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// One file of a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileEntry {
-    /// Lower-case hex SHA-256 of its content.
-    pub sha256: String,
+    /// Content digest, as [`crate::disk::describe`] defines it, in lower-case hex.
+    pub digest: String,
     /// Length in bytes.
     pub bytes: u64,
     /// Bytes it really takes on disk.

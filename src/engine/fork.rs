@@ -59,7 +59,10 @@ impl Engine {
         sandbox.set_agent(None);
         let written = async {
             self.freeze(machine, &data.id).await?;
-            let written = self.write_workspace(machine, &base, &source, Scratch::Copy).await;
+            let mut timings = lifecycle::Timings::new();
+            let written =
+                self.write_workspace(machine, &base, &source, Scratch::Copy, &mut timings).await;
+            tracing::info!(sandbox = %data.id, ?timings, "written for a fork");
             Ok::<_, TransitionError>(written?)
         };
         let written = written.await;

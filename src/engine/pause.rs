@@ -20,7 +20,7 @@ use rand::RngCore;
 use sha2::{Digest, Sha256};
 
 use super::db::{DbError, Stage};
-use super::lifecycle::{Machine, RestoreError, Spawned, millis};
+use super::lifecycle::{Machine, RestoreError, Spawned, Timings, millis};
 use super::sandbox::{Origin, Sandbox, State};
 use super::template::ReadyTemplate;
 use super::workspace::{Scratch, WorkspaceError};
@@ -110,15 +110,18 @@ impl Engine {
         let (base, source) = self.source_of(&data.template, &data.restored_from)?;
         self.freeze(machine, &data.id).await?;
         let frozen = Instant::now();
-        let written = self.write_workspace(machine, &base, &source, Scratch::Take).await;
+        let mut timings = Timings::new();
+        let written =
+            self.write_workspace(machine, &base, &source, Scratch::Take, &mut timings).await;
         let (draft, manifest) = written?;
+        let since = Instant::now();
         let manifest = self.publish(draft, manifest).await?;
+        timings.insert("publish".to_owned(), millis(since.elapsed()));
         let old = data.paused_in;
         let data = sandbox.update(|d| {
             d.paused_in = Some(manifest.id.clone());
-            d.timings_ms.clear();
+            d.timings_ms = timings;
             d.timings_ms.insert("freeze".to_owned(), millis(frozen - started));
-            d.timings_ms.insert("write".to_owned(), millis(frozen.elapsed()));
             d.timings_ms.insert("total".to_owned(), millis(started.elapsed()));
         });
         if let Err(e) = self.context.db.vm_sandbox(&data.id, Stage::Paused, &data).await {

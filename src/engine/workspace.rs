@@ -7,6 +7,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use snapshotter::delta::{self, DeltaError};
 use snapshotter::disk;
@@ -15,7 +16,7 @@ use snapshotter::store::{Draft, PublishError};
 use snapshotter::vmm::VmmError;
 use uffd_handler::source::LayerFiles;
 
-use super::lifecycle::Machine;
+use super::lifecycle::{Machine, Timings, millis};
 use super::template::ReadyTemplate;
 use super::{Engine, ids};
 
@@ -74,11 +75,15 @@ impl Engine {
         base: &ReadyTemplate,
         source: &ReadyTemplate,
         scratch: Scratch,
+        timings: &mut Timings,
     ) -> Result<(Draft, Manifest), WorkspaceError> {
         let id = ids::new_id();
         let draft =
             self.store.draft(&id).map_err(file("cannot make", self.store.dir(&id).as_path()))?;
-        machine.vm.snapshot(draft.dir()).await?;
+        for (phase, took) in machine.vm.snapshot(draft.dir()).await?.phases {
+            timings.insert(phase.to_owned(), millis(took));
+        }
+        let since = Instant::now();
         let disk = machine.dir().scratch();
         let target = draft.dir().join(SCRATCH);
         let copied = match scratch {
@@ -91,6 +96,8 @@ impl Engine {
             }
         };
         copied.map_err(file("cannot keep", &disk))?;
+        timings.insert("disk".to_owned(), millis(since.elapsed()));
+        let since = Instant::now();
         let below = source.own_layers(base);
         let (dir, layers) = (draft.dir().to_owned(), base.memory.layers.clone());
         let bytes = base.size.memory_bytes;
@@ -99,6 +106,7 @@ impl Engine {
             Ok(done) => done?,
             Err(e) => std::panic::resume_unwind(e.into_panic()),
         };
+        timings.insert("stack".to_owned(), millis(since.elapsed()));
         let manifest = Manifest {
             format: FORMAT,
             id,

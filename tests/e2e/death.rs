@@ -7,7 +7,7 @@ use crate::exec::Frames;
 use crate::service::Service;
 
 /// Random bytes in the guest's memory; the script prints their digest.
-pub const FILL: &str = "head -c 33554432 /dev/urandom > /dev/shm/blob; sha256sum < /dev/shm/blob";
+pub const FILL: &str = "head -c 8388608 /dev/urandom > /dev/shm/blob; sha256sum < /dev/shm/blob";
 pub const SUM: &str = "sha256sum < /dev/shm/blob";
 
 #[tokio::test]

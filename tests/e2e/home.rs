@@ -164,7 +164,7 @@ async fn warm_up() {
     for golden in golden_snapshots(&cache()) {
         link_folder(&golden, &home.path.join("snapshots").join(golden.file_name().unwrap()));
     }
-    let service = Service::start_on(home, 0, BAKE_DEADLINE).await;
+    let service = Service::start_on(home, 0, &[], BAKE_DEADLINE).await;
     let template = service.client().get("/v1/templates/base").await.expect(200);
     let id = template["snapshot"]["id"].as_str().unwrap();
     let shared = parent.join("snapshots").join(id);

@@ -162,6 +162,26 @@ async fn told_to_stop_it_ends_everything_but_what_is_paused() {
 }
 
 #[tokio::test]
+async fn sandboxes_outlive_an_upgrade_when_asked_to() {
+    let mut service = Service::start_with(1, &["--keep-vms"]).await;
+    let id = service.create().await;
+    let sum = service.sh(&id, FILL).await;
+    service.sh(&id, COUNTER).await;
+    let vm = service.home().vm(&id);
+    service.pool_full(1).await;
+    service.terminate().await;
+    assert!(vm.is_there(), "the VM went with the service");
+    assert_eq!(service.home().vm_ids(), [&*id], "parked VMs are nobody's");
+    service.start_again().await;
+    assert_eq!(service.home().vm(&id).pid, vm.pid);
+    assert_eq!(service.sh(&id, SUM).await, sum);
+    counts_on(&service, &id).await;
+    assert_eq!(service.client().delete(&format!("/v1/sandboxes/{id}")).await.status, 204);
+    vm.gone().await;
+    service.terminate().await;
+}
+
+#[tokio::test]
 async fn a_second_service_on_one_home_is_refused() {
     let service = Service::start(1).await;
     let mut second = rethaw();

@@ -39,7 +39,7 @@ pub fn rethaw() -> Command {
 pub struct Service {
     child: Child,
     client: Client,
-    pool: u32,
+    options: Vec<String>,
     starts: u32,
     // Last: what is left when the service ended goes with it.
     home: Home,
@@ -66,16 +66,23 @@ impl Done {
 impl Service {
     /// A service with a pool of this size, full.
     pub async fn start(pool: u32) -> Self {
-        let service = Self::start_on(Home::new().await, pool, DEADLINE).await;
+        Self::start_with(pool, &[]).await
+    }
+
+    /// The same, with these flags besides.
+    pub async fn start_with(pool: u32, flags: &[&str]) -> Self {
+        let service = Self::start_on(Home::new().await, pool, flags, DEADLINE).await;
         service.pool_full(pool).await;
         service
     }
 
     /// A service on this home; ready, its pool filling.
-    pub async fn start_on(home: Home, pool: u32, deadline: Duration) -> Self {
-        let child = spawn(&home, pool, 0);
+    pub async fn start_on(home: Home, pool: u32, flags: &[&str], deadline: Duration) -> Self {
+        let mut options = vec!["--pool-target".to_owned(), pool.to_string()];
+        options.extend(flags.iter().map(|flag| (*flag).to_owned()));
+        let child = spawn(&home, &options, 0);
         let client = Client::new(String::new(), None);
-        let mut service = Self { child, client, pool, starts: 0, home };
+        let mut service = Self { child, client, options, starts: 0, home };
         service.wait_ready(deadline).await;
         service
     }
@@ -242,7 +249,7 @@ impl Service {
     /// Starts it again on the same home.
     pub async fn start_again(&mut self) {
         self.starts += 1;
-        self.child = spawn(&self.home, self.pool, self.starts);
+        self.child = spawn(&self.home, &self.options, self.starts);
         self.wait_ready(DEADLINE).await;
     }
 
@@ -276,14 +283,14 @@ impl Drop for Service {
     }
 }
 
-fn spawn(home: &Home, pool: u32, start: u32) -> Child {
+fn spawn(home: &Home, options: &[String], start: u32) -> Child {
     let log = std::fs::File::create(home.path().join(format!("service-{start}.log"))).unwrap();
     let mut command = rethaw();
     command
         .args(["serve", "--listen", "127.0.0.1:0"])
         .arg("--home")
         .arg(home.path())
-        .args(["--pool-target", &pool.to_string()])
+        .args(options)
         .env("NO_COLOR", "1")
         .stdout(Stdio::null())
         .stderr(log);

@@ -72,12 +72,11 @@ pub(super) fn line(line: &str) -> Option<String> {
     if let Some(kind) = token(line) {
         return Some(kind.to_owned());
     }
-    let found = line.split([' ', '\t', ';']).find_map(|word| {
+    line.split([' ', '\t', ';']).find_map(|word| {
         let (name, value) = word.split_once('=')?;
         let name = name.trim_start_matches('-');
         is_assignment(&name.replace('-', "_"), value).then(|| format!("value of {name}"))
-    });
-    found
+    })
 }
 
 #[cfg(test)]

@@ -232,6 +232,9 @@ pub trait Shell: Send + Sync + std::fmt::Debug {
     /// What identifies the process and its files.
     fn record(&self) -> VmRecord;
 
+    /// Changes the scheduling weight of the VMM's threads.
+    fn set_priority(&self, priority: Priority);
+
     /// Loads the snapshot; the VM is paused when this returns. On failure the process is gone.
     async fn load(self: Box<Self>) -> Result<(Box<dyn Vm>, Phases), VmmError>;
 }

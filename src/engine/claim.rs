@@ -118,7 +118,7 @@ impl Engine {
         let (vm, origin) = loop {
             let parked = if tries < PARKED_TRIES { self.take_parked(&template.name) } else { None };
             let Some(parked) = parked else {
-                let vm = lifecycle::restore(&self.context, template, false).await?;
+                let vm = self.restore_now(template, started).await?;
                 match self.hand_over(vm, &request, &token, started).await {
                     Ok(vm) => break (vm, Origin::Restored),
                     Err(e) => return Err(e.into()),
@@ -146,6 +146,22 @@ impl Engine {
         metrics::histogram!("rethaw_sandbox_acquire_duration_seconds", &labels)
             .record(started.elapsed().as_secs_f64());
         Ok(created)
+    }
+
+    /// Restores while somebody waits; with the spare process, if there is one.
+    async fn restore_now(
+        &self,
+        template: &ReadyTemplate,
+        started: Instant,
+    ) -> Result<Reidentified, RestoreError> {
+        if let Some(spare) = self.pools.get(&template.name).and_then(|pool| pool.take_spare()) {
+            match spare.finish(started).await {
+                Ok(vm) => return Ok(vm),
+                // It may have died while it waited.
+                Err(e) => tracing::warn!("spare: {e}; starting another"),
+            }
+        }
+        lifecycle::restore(&self.context, template, false).await
     }
 
     fn take_parked(&self, template: &str) -> Option<lifecycle::Parked> {

@@ -177,6 +177,7 @@ pub struct RestoreContext {
     pub run: PathBuf,
 }
 
+#[derive(Debug)]
 struct Common {
     id: String,
     identity: Identity,
@@ -184,6 +185,8 @@ struct Common {
     db: Db,
     // A paused sandbox's row must survive a failed attempt to bring it back.
     keep_row: bool,
+    // The process was started before anybody asked for it.
+    spawned_ahead: bool,
 }
 
 impl Common {
@@ -202,6 +205,7 @@ impl Common {
 }
 
 /// A VMM process that has loaded nothing.
+#[derive(Debug)]
 pub struct Spawned {
     shell: Box<dyn Shell>,
     dir: RunDir,
@@ -259,6 +263,7 @@ impl Spawned {
             timings: Timings::new(),
             db: context.db.clone(),
             keep_row: false,
+            spawned_ahead: false,
         };
         match Self::start(context, template, background, common, started).await {
             Ok(spawned) => Ok(spawned),
@@ -282,6 +287,7 @@ impl Spawned {
             timings: Timings::new(),
             db: context.db.clone(),
             keep_row: true,
+            spawned_ahead: false,
         };
         Self::start(context, source, false, common, Instant::now()).await
     }
@@ -324,12 +330,40 @@ impl Spawned {
         Ok(Self { shell, dir, common })
     }
 
+    /// The rest of the way, timed from `started`.
+    pub async fn finish(self, started: Instant) -> Result<Reidentified, RestoreError> {
+        let mut done = self.load().await?.resume().await?.reidentify().await?;
+        done.timings.insert("restore".to_owned(), millis(started.elapsed()));
+        record_phases(&done.timings);
+        metrics::counter!("rethaw_identity_total", "outcome" => "proven").increment(1);
+        Ok(done)
+    }
+
+    /// Somebody waits for it from now on. Its start is nobody's wait any more.
+    pub fn wanted(&mut self) {
+        self.shell.set_priority(Priority::Normal);
+        self.common.timings.clear();
+        self.common.spawned_ahead = true;
+    }
+
+    /// Gives it up.
+    pub async fn discard(self) {
+        let Self { shell, dir, common } = self;
+        drop((shell, dir));
+        if let Err(e) = common.forget().await {
+            tracing::error!(vm = %common.id, "{e}");
+        }
+    }
+
     /// Loads the template's device state.
     pub async fn load(self) -> Result<Loaded, RestoreError> {
         let Self { shell, dir, mut common } = self;
         match shell.load().await {
             Ok((vm, phases)) => {
                 for (phase, took) in phases {
+                    if phase == "spawn" && common.spawned_ahead {
+                        continue;
+                    }
                     common.timings.insert(phase.to_owned(), millis(took));
                 }
                 Ok(Loaded { vm: Arc::from(vm), dir, common })
@@ -500,11 +534,7 @@ pub async fn restore(
 ) -> Result<Reidentified, RestoreError> {
     let started = Instant::now();
     let spawned = Spawned::spawn(context, template, background).await?;
-    let mut done = spawned.load().await?.resume().await?.reidentify().await?;
-    done.timings.insert("restore".to_owned(), millis(started.elapsed()));
-    record_phases(&done.timings);
-    metrics::counter!("rethaw_identity_total", "outcome" => "proven").increment(1);
-    Ok(done)
+    spawned.finish(started).await
 }
 
 fn record_phases(timings: &Timings) {

@@ -21,6 +21,7 @@ mod pause;
 mod pool;
 mod recover;
 pub mod sandbox;
+mod spare;
 pub mod template;
 mod ttl;
 mod workspace;

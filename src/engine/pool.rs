@@ -11,7 +11,8 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::task::{AbortHandle, JoinSet};
 
-use super::lifecycle::{self, Parked, RestoreContext};
+use super::lifecycle::{self, Parked, RestoreContext, Spawned};
+use super::spare::Spare;
 use super::template::ReadyTemplate;
 
 /// Longest pause between two attempts after a restore failed.
@@ -38,6 +39,7 @@ pub struct Pool {
     closed: AtomicBool,
     ready: Mutex<VecDeque<Entry>>,
     wake: Notify,
+    spare: Spare,
     // How many claims are under way in the whole service.
     claims: watch::Receiver<u32>,
 }
@@ -72,6 +74,7 @@ impl Pool {
             closed: AtomicBool::new(false),
             ready: Mutex::new(VecDeque::new()),
             wake: Notify::new(),
+            spare: Spare::default(),
             claims,
         })
     }
@@ -107,6 +110,13 @@ impl Pool {
         None
     }
 
+    /// Takes the spawned VMM that waits for a claim that finds no parked VM.
+    pub fn take_spare(&self) -> Option<Spawned> {
+        let mut spawned = self.spare.take()?;
+        spawned.wanted();
+        Some(spawned)
+    }
+
     /// Puts in a VM that is parked already.
     pub fn put(self: &Arc<Self>, parked: Parked) {
         let vm = Arc::clone(&parked.inner.machine.vm);
@@ -123,6 +133,11 @@ impl Pool {
 
     /// Keeps the number of parked VMs at the target until the pool is closed.
     pub async fn run(self: Arc<Self>) {
+        let spare = self.spare.keep(&self.context, &self.template, self.claims.clone());
+        tokio::join!(self.refill(), spare);
+    }
+
+    async fn refill(self: &Arc<Self>) {
         let mut restores = JoinSet::new();
         let mut backoff = Duration::ZERO;
         loop {
@@ -132,7 +147,7 @@ impl Pool {
             self.drop_surplus().await;
             while self.wants_more() {
                 self.restoring.fetch_add(1, Ordering::Relaxed);
-                let pool = Arc::clone(&self);
+                let pool = Arc::clone(self);
                 let wait = backoff;
                 restores.spawn(async move { pool.restore_one(wait).await });
             }
@@ -159,6 +174,7 @@ impl Pool {
     pub fn close(&self) {
         self.closed.store(true, Ordering::Relaxed);
         self.wake.notify_one();
+        self.spare.close();
     }
 
     fn wants_more(&self) -> bool {

@@ -14,7 +14,7 @@ use super::spawn::{Console, SpawnSpec, Spawned, died};
 use super::vm::{FirecrackerVm, Origin};
 use super::{COMMAND_DEADLINE, Firecracker, LOAD_DEADLINE, Limits, NIC, SCRATCH};
 use crate::process::set_nice;
-use crate::vmm::{MemoryBackend, Phases, RestoreSpec, Shell, Vm, VmRecord, VmmError};
+use crate::vmm::{MemoryBackend, Phases, Priority, RestoreSpec, Shell, Vm, VmRecord, VmmError};
 
 /// A started Firecracker with everything in its home that it will load.
 #[derive(Debug)]
@@ -72,6 +72,10 @@ pub(super) async fn prepare(
 impl Shell for FirecrackerShell {
     fn record(&self) -> VmRecord {
         self.vm.record()
+    }
+
+    fn set_priority(&self, priority: Priority) {
+        self.vm.set_priority(priority);
     }
 
     async fn load(self: Box<Self>) -> Result<(Box<dyn Vm>, Phases), VmmError> {

@@ -136,6 +136,10 @@ impl Shell for QemuShell {
         self.record.clone()
     }
 
+    fn set_priority(&self, priority: Priority) {
+        set_nice(self.record.process.pid, nice(priority));
+    }
+
     async fn load(self: Box<Self>) -> Result<(Box<dyn Vm>, Phases), VmmError> {
         let started = Instant::now();
         let loaded = tokio::select! {

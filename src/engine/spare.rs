@@ -1,0 +1,69 @@
+//! One spawned VMM per pool that has loaded nothing yet: a claim that finds the pool empty does not
+//! wait for a process to start and for its working set to be put in place.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{Notify, watch};
+
+use super::lifecycle::{RestoreContext, Spawned};
+use super::template::ReadyTemplate;
+
+/// Pause after a spawn that failed; the claim that needs it makes its own attempt and says why.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// The spare.
+#[derive(Debug, Default)]
+pub(super) struct Spare {
+    slot: Mutex<Option<Spawned>>,
+    taken: Notify,
+    closed: AtomicBool,
+}
+
+impl Spare {
+    /// Takes it, if it is there.
+    pub(super) fn take(&self) -> Option<Spawned> {
+        let spawned = self.lock().take();
+        self.taken.notify_one();
+        spawned
+    }
+
+    /// Ends [`Spare::keep`].
+    pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+        self.taken.notify_one();
+    }
+
+    /// Makes a new one whenever it was taken, until closed; then gives the last one up.
+    pub(super) async fn keep(
+        &self,
+        context: &RestoreContext,
+        template: &ReadyTemplate,
+        mut claims: watch::Receiver<u32>,
+    ) {
+        while !self.closed.load(Ordering::Relaxed) {
+            let empty = self.lock().is_none();
+            if empty {
+                let _ = claims.wait_for(|under_way| *under_way == 0).await;
+                match Spawned::spawn(context, template, true).await {
+                    Ok(spawned) => *self.lock() = Some(spawned),
+                    Err(e) => {
+                        tracing::warn!(template = %template.name, "no spare: {e}");
+                        tokio::time::sleep(RETRY).await;
+                        continue;
+                    }
+                }
+            }
+            self.taken.notified().await;
+        }
+        let last = self.lock().take();
+        if let Some(spawned) = last {
+            spawned.discard().await;
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Spawned>> {
+        self.slot.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}

@@ -40,7 +40,15 @@ pub async fn probe_kvm() -> std::io::Result<KvmReport> {
 
 /// Chooses by what works, or takes what the operator wants if it can.
 pub async fn choose(wanted: VmmChoice, home: &Path) -> anyhow::Result<Choice> {
-    let kvm = probe_kvm().await.context("cannot probe KVM")?;
+    let kvm = match probe_kvm().await {
+        Ok(report) => report,
+        // Emulation needs no probe; whoever insists on KVM has to hear why not.
+        Err(e) if wanted != VmmChoice::Firecracker => {
+            tracing::warn!("KVM cannot be probed ({e}); using emulation");
+            return Ok(Choice::Qemu(Accelerator::Tcg));
+        }
+        Err(e) => return Err(e).context("cannot probe KVM"),
+    };
     let accelerator = if kvm.boots_linux() { Accelerator::Kvm } else { Accelerator::Tcg };
     match wanted {
         VmmChoice::Qemu => Ok(Choice::Qemu(accelerator)),

@@ -6,6 +6,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 use tokio::io::{AsyncBufReadExt, BufReader};
 
 /// The build, carried along so that an installed service needs no source tree.
@@ -118,6 +119,11 @@ impl GuestImage {
         flavor: Flavor,
         mut progress: impl FnMut(&str) + Send,
     ) -> Result<Self, ImageError> {
+        let memo = memo_path(home, agent, flavor)?;
+        if let Some(image) = remembered(&memo) {
+            progress("image: known");
+            return Ok(image);
+        }
         let script = unpack_scripts(home)?;
         let mut child = tokio::process::Command::new("bash")
             .arg(script)
@@ -168,8 +174,41 @@ impl GuestImage {
         };
         let dir =
             tokio::time::timeout(BUILD_DEADLINE, run).await.map_err(|_| ImageError::Timeout)??;
-        Self::open(Path::new(dir.trim()))
+        let image = Self::open(Path::new(dir.trim()))?;
+        remember(&memo, dir.trim())?;
+        Ok(image)
     }
+}
+
+/// How long an image is used without asking the distribution for newer packages.
+const MEMO_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// Where it is noted which image these inputs made last time. Looking in the build's own cache asks
+/// the package manager first, which takes seconds.
+fn memo_path(home: &Path, agent: &Path, flavor: Flavor) -> std::io::Result<PathBuf> {
+    let mut hash = Sha256::new();
+    for (name, text) in SCRIPTS {
+        hash.update(name);
+        hash.update(text);
+    }
+    hash.update(flavor.as_str());
+    hash.update(std::fs::read(agent)?);
+    let key = hex::encode(hash.finalize());
+    Ok(home.join("images").join(format!("memo-{}", &key[..32])))
+}
+
+fn remembered(memo: &Path) -> Option<GuestImage> {
+    let age = std::fs::metadata(memo).ok()?.modified().ok()?.elapsed().ok()?;
+    if age > MEMO_AGE {
+        return None;
+    }
+    GuestImage::open(Path::new(std::fs::read_to_string(memo).ok()?.trim())).ok()
+}
+
+fn remember(memo: &Path, dir: &str) -> std::io::Result<()> {
+    let tmp = memo.with_extension("tmp");
+    std::fs::write(&tmp, dir)?;
+    std::fs::rename(&tmp, memo)
 }
 
 /// Writes the build's files below `home` and returns the one to run.

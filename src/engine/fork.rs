@@ -37,12 +37,15 @@ impl Engine {
         count: u32,
     ) -> Result<Vec<Result<Created, CreateError>>, TransitionError> {
         let snapshot = self.freeze_for_fork(sandbox).await?;
+        // A clone may be deleted while the next one is being made.
+        let pin = self.pin(&snapshot);
         let source = Arc::new(self.resolve_workspace(&sandbox.data().template, &snapshot)?);
         let mut clones = Vec::new();
         // One after the other: on few cores, clones restored at once only slow each other down.
         for _ in 0..count {
             clones.push(self.clone_one(sandbox, &source).await);
         }
+        drop(pin);
         // Goes when the last clone that stands on it goes; at once if there is none.
         self.drop_workspace(&snapshot);
         Ok(clones)

@@ -26,6 +26,7 @@ pub mod template;
 mod ttl;
 mod workspace;
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -46,6 +47,7 @@ use pool::Pool;
 pub use pool::PoolNumbers;
 use sandbox::{Sandbox, State};
 use template::Template;
+pub use workspace::WorkspaceError;
 
 /// What the engine needs to start.
 #[derive(Debug, Clone)]
@@ -80,6 +82,8 @@ pub struct Engine {
     pools: DashMap<String, Arc<Pool>>,
     sandboxes: DashMap<String, Arc<Sandbox>>,
     expiries: ttl::Expiries,
+    // Snapshots in use by an operation that no sandbox shows yet.
+    pinned: Mutex<HashSet<String>>,
     // Counts claims under way, so that refill can wait for them.
     claims: watch::Sender<u32>,
     tasks: Mutex<JoinSet<()>>,
@@ -150,11 +154,13 @@ impl Engine {
             pools: DashMap::new(),
             sandboxes: DashMap::new(),
             expiries: ttl::Expiries::default(),
+            pinned: Mutex::new(HashSet::new()),
             claims: watch::Sender::new(0),
             tasks: Mutex::new(JoinSet::new()),
             started: Instant::now(),
         });
         engine.recover().await?;
+        engine.drop_orphans();
         engine.watch_pager();
         let ttl = Arc::clone(&engine);
         engine.spawn(async move { ttl.expire_sandboxes().await });

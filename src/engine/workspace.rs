@@ -5,8 +5,9 @@
 //! the scratch disk. It carries every delta between the template and itself (as hard links), so
 //! that nothing but the template has to outlive it.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use snapshotter::delta::{self, DeltaError};
@@ -48,8 +49,8 @@ pub enum WorkspaceError {
         /// What happened.
         source: std::io::Error,
     },
-    /// Its template is gone.
-    #[error("template {0:?} of the snapshot is not there any more")]
+    /// Its template is not there, or not yet: after a start it may still be on its way.
+    #[error("template {0:?} of the snapshot is not ready")]
     NoTemplate(String),
 }
 
@@ -163,7 +164,8 @@ impl Engine {
                 let data = s.data();
                 data.restored_from == snapshot || data.paused_in.as_deref() == Some(snapshot)
             });
-        if needed {
+        let pinned = lock(&self.pinned).contains(snapshot);
+        if needed || pinned {
             return;
         }
         // One that stands on nothing is a template's, also while its template is not known yet:
@@ -174,6 +176,21 @@ impl Engine {
         if let Err(e) = self.store.remove(snapshot) {
             tracing::warn!(snapshot, "cannot remove: {e}");
         }
+    }
+
+    /// Removes the workspaces that nobody refers to: a service killed between writing one and noting
+    /// it leaves just that.
+    pub(super) fn drop_orphans(&self) {
+        match self.store.list() {
+            Ok(snapshots) => snapshots.iter().for_each(|id| self.drop_workspace(id)),
+            Err(e) => tracing::warn!("cannot list snapshots: {e}"),
+        }
+    }
+
+    /// Keeps a snapshot for as long as the result lives, whoever refers to it.
+    pub(super) fn pin(&self, snapshot: &str) -> Pin<'_> {
+        lock(&self.pinned).insert(snapshot.to_owned());
+        Pin { pinned: &self.pinned, snapshot: snapshot.to_owned() }
     }
 
     /// What a sandbox's machine was restored from.
@@ -187,6 +204,23 @@ impl Engine {
         let source = self.resolve_workspace(template, snapshot)?;
         Ok((base, source))
     }
+}
+
+/// Holds a snapshot.
+#[derive(Debug)]
+pub(super) struct Pin<'a> {
+    pinned: &'a Mutex<HashSet<String>>,
+    snapshot: String,
+}
+
+impl Drop for Pin<'_> {
+    fn drop(&mut self) {
+        lock(self.pinned).remove(&self.snapshot);
+    }
+}
+
+fn lock(pinned: &Mutex<HashSet<String>>) -> std::sync::MutexGuard<'_, HashSet<String>> {
+    pinned.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// Puts the deltas that the new one stands on beside it, or merges them all when they are many.

@@ -13,7 +13,7 @@ use serde_json::json;
 use super::request_id;
 use crate::engine::db::DbError;
 use crate::engine::lifecycle::RestoreError;
-use crate::engine::{CreateError, SandboxError, TransitionError};
+use crate::engine::{CreateError, SandboxError, TransitionError, WorkspaceError};
 
 /// An error on its way to the user.
 #[derive(Debug)]
@@ -167,6 +167,10 @@ impl From<TransitionError> for ApiError {
             TransitionError::Sandbox(e) => e.into(),
             TransitionError::Restore(e) => e.into(),
             TransitionError::Db(e) => e.into(),
+            TransitionError::Workspace(e @ WorkspaceError::NoTemplate(_)) => {
+                let status = StatusCode::SERVICE_UNAVAILABLE;
+                Self::new(status, "template_not_ready", e.to_string()).retry_after(5)
+            }
             TransitionError::Workspace(e) => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, "workspace_failed", e.to_string())
             }

@@ -15,7 +15,7 @@ use super::db::{DbError, TemplateRow};
 use super::lifecycle::{self, RestoreError, RunDir};
 use super::template::{BASE, ReadyTemplate, Template, TemplateState};
 use super::workspace::WorkspaceError;
-use super::{Engine, ids};
+use super::{Engine, ids, lint};
 
 /// What a clone is expected to do first; its pages are the working set.
 const FIRST_COMMANDS: &[&[&str]] = &[&["/bin/true"], &["python3", "-c", "print(6 * 7)"]];
@@ -32,6 +32,8 @@ enum BaseError {
     Trial(#[from] RestoreError),
     #[error("trial command {command:?}: {problem}")]
     TrialCommand { command: &'static str, problem: String },
+    #[error(transparent)]
+    Lint(#[from] lint::LintError),
     #[error("working set: {0}")]
     WorkingSet(String),
     #[error(transparent)]
@@ -168,7 +170,10 @@ impl Engine {
             }
             let set = self.pager.recording(&id);
             let set = set.map_err(|e| BaseError::WorkingSet(e.to_string()))?;
-            set.save(&draft.join(WORKING_SET)).map_err(|e| BaseError::WorkingSet(e.to_string()))
+            let saved = set.save(&draft.join(WORKING_SET));
+            saved.map_err(|e| BaseError::WorkingSet(e.to_string()))?;
+            // After the recording: no clone does this first.
+            Ok(lint::check(&vm.machine.agent).await?)
         };
         let recorded = recorded.await;
         vm.machine.destroy().await;

@@ -17,6 +17,7 @@ mod fork;
 pub mod identity;
 pub mod ids;
 pub mod lifecycle;
+mod lint;
 mod pause;
 mod pool;
 mod recover;

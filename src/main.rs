@@ -8,6 +8,7 @@ mod choose;
 mod cli;
 mod doctor;
 mod engine;
+mod failpoint;
 mod http;
 mod metrics;
 mod paths;

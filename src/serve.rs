@@ -18,6 +18,7 @@ use uffd_handler::supervisor::{Supervisor, SupervisorConfig};
 use crate::choose;
 use crate::cli::serve::ServeOptions;
 use crate::engine::{Engine, EngineConfig};
+use crate::failpoint;
 use crate::http::{self, ApiKey, App};
 use crate::paths::Paths;
 
@@ -31,6 +32,7 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
 /// Runs the service until SIGTERM or SIGINT.
 pub fn run(options: ServeOptions) -> anyhow::Result<()> {
     init_logging();
+    failpoint::arm()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
         let listener = TcpListener::bind(options.listen).await;

@@ -13,6 +13,7 @@ use super::lifecycle::{self, Reidentified, RestoreError, millis};
 use super::sandbox::{OnTimeout, Origin, Sandbox, SandboxData};
 use super::template::{ReadyTemplate, TemplateState};
 use super::{Engine, ids};
+use crate::failpoint;
 
 /// Parked VMs tried before one is restored on the spot.
 const PARKED_TRIES: u32 = 3;
@@ -132,6 +133,7 @@ impl Engine {
                     continue;
                 }
             };
+            failpoint::reached("claim.unparked").await;
             // A pooled VM's restore is nobody's wait.
             vm.timings.clear();
             vm.timings.insert("resume".to_owned(), millis(started.elapsed()));
@@ -141,6 +143,7 @@ impl Engine {
             }
         };
         drop(under_way);
+        failpoint::reached("claim.handed_over").await;
         let created = self.register(vm, origin, template, request, token, started).await?;
         let labels = [("template", template.name.clone()), ("origin", origin.as_str().to_owned())];
         metrics::histogram!("rethaw_sandbox_acquire_duration_seconds", &labels)
@@ -232,6 +235,7 @@ impl Engine {
             vm.machine.destroy().await;
             return Err(e.into());
         }
+        failpoint::reached("claim.noted").await;
         let process = Arc::clone(&vm.machine.vm);
         let sandbox = Arc::new(Sandbox::running(data, vm.identity, vm.machine));
         self.sandboxes.insert(vm.id.clone(), Arc::clone(&sandbox));

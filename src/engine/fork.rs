@@ -14,6 +14,7 @@ use super::pause::{TransitionError, expect};
 use super::sandbox::{Origin, Sandbox, State};
 use super::template::ReadyTemplate;
 use super::workspace::Scratch;
+use crate::failpoint;
 
 impl Engine {
     /// Makes `count` clones of a sandbox; each succeeds or fails on its own.
@@ -44,10 +45,12 @@ impl Engine {
         // One after the other: on few cores, clones restored at once only slow each other down.
         for _ in 0..count {
             clones.push(self.clone_one(sandbox, &source).await);
+            failpoint::reached("fork.cloned").await;
         }
         drop(pin);
         // Goes when the last clone that stands on it goes; at once if there is none.
         self.drop_workspace(&snapshot);
+        failpoint::reached("fork.done").await;
         Ok(clones)
     }
 
@@ -62,6 +65,7 @@ impl Engine {
         sandbox.set_agent(None);
         let written = async {
             self.freeze(machine, &data.id).await?;
+            failpoint::reached("fork.frozen").await;
             let mut timings = lifecycle::Timings::new();
             let written =
                 self.write_workspace(machine, &base, &source, Scratch::Copy, &mut timings).await;
@@ -69,7 +73,9 @@ impl Engine {
             Ok::<_, TransitionError>(written?)
         };
         let written = written.await;
+        failpoint::reached("fork.written").await;
         let thawed = self.thaw(machine).await;
+        failpoint::reached("fork.thawed").await;
         metrics::histogram!("rethaw_fork_stop_duration_seconds")
             .record(started.elapsed().as_secs_f64());
         sandbox.set_state(State::Running);
@@ -88,7 +94,9 @@ impl Engine {
         }
         drop(slot);
         let (draft, manifest) = written?;
-        Ok(self.publish(draft, manifest).await?.id)
+        let id = self.publish(draft, manifest).await?.id;
+        failpoint::reached("fork.published").await;
+        Ok(id)
     }
 
     async fn clone_one(

@@ -29,6 +29,7 @@ use super::db::{Db, DbError, StoredIdentity};
 use super::identity::{self, Identity};
 use super::ids;
 use super::template::ReadyTemplate;
+use crate::failpoint;
 
 /// How long a restored guest may take to answer for the first time.
 const AGENT_DEADLINE: Duration = Duration::from_secs(10);
@@ -187,11 +188,19 @@ struct Common {
     keep_row: bool,
     // The process was started before anybody asked for it.
     spawned_ahead: bool,
+    // Somebody waits for it: its steps are fail points.
+    awaited: bool,
 }
 
 impl Common {
     fn time(&mut self, phase: &str, since: Instant) {
         self.timings.insert(phase.to_owned(), millis(since.elapsed()));
+    }
+
+    async fn reached(&self, step: &str) {
+        if self.awaited {
+            failpoint::reached(step).await;
+        }
     }
 
     /// Forgets a VM that was given up.
@@ -264,7 +273,9 @@ impl Spawned {
             db: context.db.clone(),
             keep_row: false,
             spawned_ahead: false,
+            awaited: !background,
         };
+        common.reached("restore.noted").await;
         match Self::start(context, template, background, common, started).await {
             Ok(spawned) => Ok(spawned),
             Err(e) => {
@@ -288,6 +299,7 @@ impl Spawned {
             db: context.db.clone(),
             keep_row: true,
             spawned_ahead: false,
+            awaited: false,
         };
         Self::start(context, source, false, common, Instant::now()).await
     }
@@ -332,7 +344,16 @@ impl Spawned {
 
     /// The rest of the way, timed from `started`.
     pub async fn finish(self, started: Instant) -> Result<Reidentified, RestoreError> {
-        let mut done = self.load().await?.resume().await?.reidentify().await?;
+        let awaited = self.common.awaited;
+        self.common.reached("restore.spawned").await;
+        let loaded = self.load().await?;
+        loaded.common.reached("restore.loaded").await;
+        let resumed = loaded.resume().await?;
+        resumed.common.reached("restore.running").await;
+        let mut done = resumed.reidentify().await?;
+        if awaited {
+            failpoint::reached("restore.identified").await;
+        }
         done.timings.insert("restore".to_owned(), millis(started.elapsed()));
         record_phases(&done.timings);
         metrics::counter!("rethaw_identity_total", "outcome" => "proven").increment(1);
@@ -344,6 +365,7 @@ impl Spawned {
         self.shell.set_priority(Priority::Normal);
         self.common.timings.clear();
         self.common.spawned_ahead = true;
+        self.common.awaited = true;
     }
 
     /// Gives it up.

@@ -48,6 +48,8 @@ use pool::Pool;
 pub use pool::PoolNumbers;
 use sandbox::{Sandbox, State};
 use template::Template;
+
+use crate::failpoint;
 pub use workspace::WorkspaceError;
 
 /// What the engine needs to start.
@@ -311,12 +313,15 @@ impl Engine {
         }
         sandbox.set_state(State::Deleting);
         sandbox.set_agent(None);
+        failpoint::reached("delete.begun").await;
         if let Some(machine) = machine.take() {
             machine.destroy().await;
         }
+        failpoint::reached("delete.killed").await;
         self.expiries.clear(&id);
         self.sandboxes.remove(&id);
         self.context.db.vm_gone(&id).await?;
+        failpoint::reached("delete.noted").await;
         let data = sandbox.data();
         for snapshot in data.paused_in.iter().chain([&data.restored_from]) {
             self.drop_workspace(snapshot);

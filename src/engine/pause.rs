@@ -25,6 +25,7 @@ use super::sandbox::{Origin, Sandbox, State};
 use super::template::ReadyTemplate;
 use super::workspace::{Scratch, WorkspaceError};
 use super::{Engine, SandboxError, ids};
+use crate::failpoint;
 
 /// How long the guest may take to stop its workload.
 const FREEZE_DEADLINE: Duration = Duration::from_secs(10);
@@ -66,12 +67,15 @@ impl Engine {
         let started = Instant::now();
         sandbox.set_state(State::Pausing);
         sandbox.set_agent(None);
+        failpoint::reached("pause.begun").await;
         let id = sandbox.data().id;
         match self.write_paused(sandbox, machine, started).await {
             Ok(()) => {
+                failpoint::reached("pause.noted").await;
                 if let Some(machine) = slot.take() {
                     machine.destroy().await;
                 }
+                failpoint::reached("pause.killed").await;
                 sandbox.set_state(State::Paused);
                 self.expiries.clear(&id);
                 metrics::histogram!("rethaw_pause_duration_seconds")
@@ -110,13 +114,16 @@ impl Engine {
         let (base, source) = self.source_of(&data.template, &data.restored_from)?;
         self.freeze(machine, &data.id).await?;
         let frozen = Instant::now();
+        failpoint::reached("pause.frozen").await;
         let mut timings = Timings::new();
         let written =
             self.write_workspace(machine, &base, &source, Scratch::Take, &mut timings).await;
         let (draft, manifest) = written?;
+        failpoint::reached("pause.written").await;
         let since = Instant::now();
         let manifest = self.publish(draft, manifest).await?;
         timings.insert("publish".to_owned(), millis(since.elapsed()));
+        failpoint::reached("pause.published").await;
         let old = data.paused_in;
         let data = sandbox.update(|d| {
             d.paused_in = Some(manifest.id.clone());
@@ -192,6 +199,7 @@ impl Engine {
         };
         let started = Instant::now();
         sandbox.set_state(State::Resuming);
+        failpoint::reached("resume.begun").await;
         let token = ids::new_secret("sbx");
         match self.restore_paused(sandbox, &snapshot, &token, timeout, started).await {
             Ok(machine) => {
@@ -231,9 +239,12 @@ impl Engine {
         let source: ReadyTemplate = self.resolve_workspace(&data.template, snapshot)?;
         let identity = sandbox.identity().values;
         let spawned = Spawned::respawn(&self.context, &source, &data.id, identity).await?;
+        failpoint::reached("resume.spawned").await;
         let resumed = spawned.load().await?.resume().await?;
+        failpoint::reached("resume.running").await;
         let request = resume_request(Some(token));
         let (machine, mut timings) = resumed.revive(&request, RESUME_DEADLINE).await?;
+        failpoint::reached("resume.revived").await;
         timings.insert("total".to_owned(), millis(started.elapsed()));
         let timeout = timeout.unwrap_or(Duration::from_secs(data.timeout_seconds));
         let before = data;
@@ -251,12 +262,13 @@ impl Engine {
             sandbox.update(|d| *d = before);
             return Err(e.into());
         }
+        failpoint::reached("resume.noted").await;
         Ok(machine)
     }
 }
 
 /// Fresh entropy and the time; taken now, send it at once.
-fn resume_request(token: Option<&str>) -> ResumeRequest {
+pub(super) fn resume_request(token: Option<&str>) -> ResumeRequest {
     let mut entropy = vec![0_u8; 64];
     rand::rng().fill_bytes(&mut entropy);
     ResumeRequest {

@@ -11,6 +11,7 @@ use uffd_handler::supervisor::PagerEvent;
 
 use super::db::{DbError, Stage, VmRow};
 use super::lifecycle::{Machine, RunDir};
+use super::pause::resume_request;
 use super::sandbox::Sandbox;
 use super::{Engine, StartError};
 
@@ -55,8 +56,12 @@ impl Engine {
             let record = row.record.as_ref().ok_or_else(|| "it had no process".to_owned())?;
             let vm = self.context.driver.adopt(record).await.map_err(|e| e.to_string())?;
             let vm: Arc<dyn Vm> = Arc::from(vm);
+            // The service may have been killed in the middle of a pause or a fork: then the vCPUs
+            // stand still and the workload is frozen. Both calls change nothing otherwise.
+            vm.resume().await.map_err(|e| e.to_string())?;
             let agent = vm.connect_agent(ADOPT_DEADLINE).await.map_err(|e| e.to_string())?;
-            agent.health(ADOPT_DEADLINE).await.map_err(|e| e.to_string())?;
+            let thaw = resume_request(None);
+            agent.resume(&thaw, ADOPT_DEADLINE).await.map_err(|e| e.to_string())?;
             let (Some(data), Some(identity)) = (row.sandbox.clone(), row.identity.clone()) else {
                 return Err("its record is incomplete".to_owned());
             };

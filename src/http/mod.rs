@@ -17,6 +17,8 @@ mod auth;
 mod error;
 mod exec;
 mod files;
+#[allow(dead_code, reason = "its users come with the port proxy")]
+mod host;
 mod json;
 mod ops;
 mod pools;

@@ -237,15 +237,3 @@ fn stat_field(pid: i32, index: usize) -> io::Result<u64> {
         .and_then(|f| f.parse().ok())
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat")))
 }
-
-/// Sets the nice value of every thread of `pid`. Threads it starts later inherit it.
-pub fn set_nice(pid: i32, nice: i32) {
-    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return };
-    for task in tasks.flatten() {
-        let tid = task.file_name().to_str().and_then(|t| t.parse().ok()).and_then(Pid::from_raw);
-        if let Some(tid) = tid {
-            // A thread that ended meanwhile needs no priority.
-            let _ = rustix::process::setpriority_process(Some(tid), nice);
-        }
-    }
-}

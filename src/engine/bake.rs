@@ -162,7 +162,7 @@ impl Engine {
     ) -> Result<(), BaseError> {
         let mut trial = ReadyTemplate::new(BASE, draft, manifest.clone(), image.rootfs.clone());
         trial.memory = golden::memory_plan(draft, true);
-        let vm = lifecycle::restore(&self.context, &trial, false).await?;
+        let vm = lifecycle::restore(&self.context, &trial, None).await?;
         let id = vm.id.clone();
         let recorded = async {
             for argv in FIRST_COMMANDS {

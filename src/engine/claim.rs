@@ -9,7 +9,9 @@ use time::OffsetDateTime;
 use tokio::sync::watch;
 
 use super::db::DbError;
+use super::identity::Owner;
 use super::lifecycle::{self, Reidentified, RestoreError, millis};
+use super::parked::Parked;
 use super::sandbox::{OnTimeout, Origin, Sandbox, SandboxData};
 use super::template::{ReadyTemplate, TemplateState};
 use super::{Engine, ids};
@@ -114,16 +116,12 @@ impl Engine {
     ) -> Result<Created, CreateError> {
         let under_way = UnderWay::new(&self.claims);
         let started = Instant::now();
-        let token = ids::new_secret("sbx");
+        let owner = Owner { access_token: ids::new_secret("sbx"), env: request.env.clone() };
         let mut tries = 0;
         let (vm, origin) = loop {
             let parked = if tries < PARKED_TRIES { self.take_parked(&template.name) } else { None };
             let Some(parked) = parked else {
-                let vm = self.restore_now(template, started).await?;
-                match self.hand_over(vm, &request, &token, started).await {
-                    Ok(vm) => break (vm, Origin::Restored),
-                    Err(e) => return Err(e.into()),
-                }
+                break (self.restore_now(template, &owner, started).await?, Origin::Restored);
             };
             tries += 1;
             let mut vm = match parked.unpark().await {
@@ -137,13 +135,14 @@ impl Engine {
             // A pooled VM's restore is nobody's wait.
             vm.timings.clear();
             vm.timings.insert("resume".to_owned(), millis(started.elapsed()));
-            match self.hand_over(vm, &request, &token, started).await {
+            match self.hand_over(vm, &owner).await {
                 Ok(vm) => break (vm, Origin::Warm),
                 Err(e) => tracing::warn!("claim: {e}; taking another VM"),
             }
         };
         drop(under_way);
         failpoint::reached("claim.handed_over").await;
+        let token = owner.access_token;
         let created = self.register(vm, origin, template, request, token, started).await?;
         let labels = [("template", template.name.clone()), ("origin", origin.as_str().to_owned())];
         metrics::histogram!("rethaw_sandbox_acquire_duration_seconds", &labels)
@@ -155,35 +154,33 @@ impl Engine {
     async fn restore_now(
         &self,
         template: &ReadyTemplate,
+        owner: &Owner,
         started: Instant,
     ) -> Result<Reidentified, RestoreError> {
         if let Some(spare) = self.pools.get(&template.name).and_then(|pool| pool.take_spare()) {
-            match spare.finish(started).await {
+            match spare.finish(started, Some(owner)).await {
                 Ok(vm) => return Ok(vm),
                 // It may have died while it waited.
                 Err(e) => tracing::warn!("spare: {e}; starting another"),
             }
         }
-        lifecycle::restore(&self.context, template, false).await
+        lifecycle::restore(&self.context, template, Some(owner)).await
     }
 
-    fn take_parked(&self, template: &str) -> Option<lifecycle::Parked> {
+    fn take_parked(&self, template: &str) -> Option<Parked> {
         self.pools.get(template).and_then(|pool| pool.take())
     }
 
     /// Gives the VM its token, environment and clock; a VM that does not take them is destroyed.
-    pub(super) async fn hand_over(
+    async fn hand_over(
         &self,
         mut vm: Reidentified,
-        request: &CreateRequest,
-        token: &str,
-        started: Instant,
+        owner: &Owner,
     ) -> Result<Reidentified, RestoreError> {
         let since = Instant::now();
-        match vm.hand_over(token, request.env.clone()).await {
+        match vm.hand_over(owner).await {
             Ok(_) => {
                 vm.timings.insert("claim".to_owned(), millis(since.elapsed()));
-                vm.timings.insert("total".to_owned(), millis(started.elapsed()));
                 Ok(vm)
             }
             Err(e) => {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::Engine;
 use super::claim::{CreateError, CreateRequest, Created};
+use super::identity::Owner;
 use super::lifecycle;
 use super::pause::{TransitionError, expect};
 use super::sandbox::{Origin, Sandbox, State};
@@ -113,9 +114,8 @@ impl Engine {
             metadata: data.metadata,
             env: data.env,
         };
-        let token = super::ids::new_secret("sbx");
-        let vm = lifecycle::restore(&self.context, source, false).await?;
-        let vm = self.hand_over(vm, &request, &token, started).await?;
-        self.register(vm, Origin::Forked, source, request, token, started).await
+        let owner = Owner { access_token: super::ids::new_secret("sbx"), env: request.env.clone() };
+        let vm = lifecycle::restore(&self.context, source, Some(&owner)).await?;
+        self.register(vm, Origin::Forked, source, request, owner.access_token, started).await
     }
 }

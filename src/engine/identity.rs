@@ -23,6 +23,15 @@ pub struct Identity {
     pub generation: String,
 }
 
+/// What a VM gets from the one it is made for.
+#[derive(Debug, Clone)]
+pub struct Owner {
+    /// Token of the sandbox.
+    pub access_token: String,
+    /// Environment of every command.
+    pub env: BTreeMap<String, String>,
+}
+
 /// What the guest reported for each item, in the form the API shows.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ItemView {
@@ -62,8 +71,9 @@ impl Identity {
         }
     }
 
-    /// The request that applies it. Entropy and clock are taken now: send it at once.
-    pub fn request(&self) -> IdentityRequest {
+    /// The request that applies it, and hands the VM over when it is somebody's already. Entropy
+    /// and clock are taken now: send it at once.
+    pub fn request(&self, owner: Option<&Owner>) -> IdentityRequest {
         let mut entropy = vec![0_u8; 64];
         rand::rng().fill_bytes(&mut entropy);
         IdentityRequest {
@@ -74,6 +84,8 @@ impl Identity {
             hostname: self.hostname.clone(),
             machine_id: self.machine_id.clone(),
             boot_id: self.boot_id.clone(),
+            access_token: owner.map(|o| o.access_token.clone()),
+            env: owner.map(|o| o.env.clone()).unwrap_or_default(),
             ..IdentityRequest::default()
         }
     }

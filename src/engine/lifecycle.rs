@@ -1,9 +1,9 @@
 //! From a template to a machine somebody may use, one type per stage:
 //!
 //! ```text
-//! Spawned --load--> Loaded --resume--> Resumed --reidentify--> Reidentified --park--> Parked
-//!    |                 |                  |                         |                   |
-//!    +-----------------+------ any failure: destroyed, the pool makes another ----------+
+//! Spawned --load--> Loaded --resume--> Resumed --reidentify--> Reidentified --> parked or claimed
+//!    |                 |                  |                         |
+//!    +-----------------+------ any failure: destroyed --------------+
 //! ```
 //!
 //! Only [`Resumed::reidentify`] makes a [`Reidentified`], and it needs a
@@ -19,14 +19,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use guest_agent::client::{AgentClient, AgentError};
-use guest_agent::wire::{
-    ClaimReport, ClaimRequest, IdentityFailure, ProvenIdentity, ResumeRequest,
-};
+use guest_agent::wire::{IdentityFailure, ProvenIdentity, ResumeRequest};
 use snapshotter::disk;
-use snapshotter::vmm::{Driver, Nic, Priority, RestoreSpec, Shell, Vm, VmmError};
+use snapshotter::vmm::{Driver, Nic, Priority, RestoreSpec, Shell, Vm, VmRecord, VmmError};
 
 use super::db::{Db, DbError, StoredIdentity};
-use super::identity::{self, Identity};
+use super::identity::{self, Identity, Owner};
 use super::ids;
 use super::template::ReadyTemplate;
 use crate::failpoint;
@@ -35,8 +33,6 @@ use crate::failpoint;
 const AGENT_DEADLINE: Duration = Duration::from_secs(10);
 /// How long the guest may take to apply its identity; hooks have deadlines of their own inside it.
 const IDENTITY_DEADLINE: Duration = Duration::from_secs(15);
-/// How long the hand-over of a parked VM may take before it is thrown away for another one.
-const CLAIM_DEADLINE: Duration = Duration::from_secs(3);
 
 /// Milliseconds by phase, in the form of `timings_ms`.
 pub type Timings = BTreeMap<String, f64>;
@@ -249,19 +245,12 @@ pub struct Reidentified {
     _proof: ProvenIdentity,
 }
 
-/// A VM with an identity of its own, paused, waiting for a claim.
-#[derive(Debug)]
-pub struct Parked {
-    /// The machine; its vCPUs do not run.
-    pub inner: Reidentified,
-}
-
 impl Spawned {
     /// Writes the intent, makes the VM's directory and disk, and starts its VMM process.
     pub async fn spawn(
         context: &RestoreContext,
         template: &ReadyTemplate,
-        background: bool,
+        priority: Priority,
     ) -> Result<Self, RestoreError> {
         let id = ids::new_id();
         let started = Instant::now();
@@ -273,10 +262,10 @@ impl Spawned {
             db: context.db.clone(),
             keep_row: false,
             spawned_ahead: false,
-            awaited: !background,
+            awaited: priority == Priority::Normal,
         };
         common.reached("restore.noted").await;
-        match Self::start(context, template, background, common, started).await {
+        match Self::start(context, template, priority, common, started).await {
             Ok(spawned) => Ok(spawned),
             Err(e) => {
                 context.db.vm_gone(&id).await?;
@@ -301,13 +290,13 @@ impl Spawned {
             spawned_ahead: false,
             awaited: false,
         };
-        Self::start(context, source, false, common, Instant::now()).await
+        Self::start(context, source, Priority::Normal, common, Instant::now()).await
     }
 
     async fn start(
         context: &RestoreContext,
         template: &ReadyTemplate,
-        background: bool,
+        priority: Priority,
         mut common: Common,
         started: Instant,
     ) -> Result<Self, RestoreError> {
@@ -335,22 +324,32 @@ impl Spawned {
             scratch_disk: dir.scratch(),
             size: template.size,
             nic: Nic { tap: None, netns: None },
-            background,
+            background: priority == Priority::Background,
         };
         let shell = context.driver.prepare(&spec).await?;
         context.db.vm_spawned(&shell.record(), &common.identity).await?;
         Ok(Self { shell, dir, common })
     }
 
-    /// The rest of the way, timed from `started`.
-    pub async fn finish(self, started: Instant) -> Result<Reidentified, RestoreError> {
+    /// What identifies its process.
+    pub fn record(&self) -> VmRecord {
+        self.shell.record()
+    }
+
+    /// The rest of the way, timed from `started`. With an owner, the identity's round trip hands
+    /// the VM over, too.
+    pub async fn finish(
+        self,
+        started: Instant,
+        owner: Option<&Owner>,
+    ) -> Result<Reidentified, RestoreError> {
         let awaited = self.common.awaited;
         self.common.reached("restore.spawned").await;
         let loaded = self.load().await?;
         loaded.common.reached("restore.loaded").await;
         let resumed = loaded.resume().await?;
         resumed.common.reached("restore.running").await;
-        let mut done = resumed.reidentify().await?;
+        let mut done = resumed.reidentify(owner).await?;
         if awaited {
             failpoint::reached("restore.identified").await;
         }
@@ -427,11 +426,11 @@ impl Loaded {
 
 impl Resumed {
     /// Gives the guest its identity and demands proof.
-    pub async fn reidentify(self) -> Result<Reidentified, RestoreError> {
+    pub async fn reidentify(self, owner: Option<&Owner>) -> Result<Reidentified, RestoreError> {
         let Self { machine, mut common } = self;
         let started = Instant::now();
         // Made here and not earlier: the clock in it must be now.
-        let request = common.identity.request();
+        let request = common.identity.request(owner);
         let attempt = async {
             let report = machine.agent.identity(&request, IDENTITY_DEADLINE).await;
             let report = report.map_err(|e| common.agent_error("identity", e))?;
@@ -486,77 +485,15 @@ impl Resumed {
     }
 }
 
-impl Reidentified {
-    /// Stops the vCPUs and writes down that this VM may be claimed, also by a later service.
-    pub async fn park(self, db: &Db) -> Result<Parked, RestoreError> {
-        let attempt = async {
-            self.rehearse().await?;
-            self.machine.vm.pause().await?;
-            db.vm_parked(&self.id, &self.identity).await?;
-            Ok(())
-        };
-        match attempt.await {
-            Ok(()) => Ok(Parked { inner: self }),
-            Err(e) => {
-                let id = self.id.clone();
-                self.machine.destroy().await;
-                db.vm_gone(&id).await?;
-                Err(e)
-            }
-        }
-    }
-
-    /// One hand-over without a token: the pages and translated code a claim needs are then there,
-    /// and a VM that could not be claimed is found now instead of under a user's request.
-    async fn rehearse(&self) -> Result<(), RestoreError> {
-        let request = ClaimRequest {
-            wall_clock_unix_nanos: ids::wall_clock_unix_nanos(),
-            ..ClaimRequest::default()
-        };
-        let done = self.machine.agent.claim(&request, CLAIM_DEADLINE).await;
-        done.map(drop).map_err(|source| RestoreError::Agent {
-            id: self.id.clone(),
-            step: "rehearsal of a claim",
-            source,
-        })
-    }
-
-    /// Hands the running VM over: clock, token and environment in one round trip.
-    pub async fn hand_over(
-        &self,
-        access_token: &str,
-        env: BTreeMap<String, String>,
-    ) -> Result<ClaimReport, RestoreError> {
-        let request = ClaimRequest {
-            wall_clock_unix_nanos: ids::wall_clock_unix_nanos(),
-            access_token: Some(access_token.to_owned()),
-            env,
-        };
-        let done = self.machine.agent.claim(&request, CLAIM_DEADLINE).await;
-        done.map_err(|source| RestoreError::Agent { id: self.id.clone(), step: "claim", source })
-    }
-}
-
-impl Parked {
-    /// Lets the vCPUs run again.
-    pub async fn unpark(self) -> Result<Reidentified, (Reidentified, RestoreError)> {
-        self.inner.machine.vm.set_priority(Priority::Normal);
-        match self.inner.machine.vm.resume().await {
-            Ok(()) => Ok(self.inner),
-            Err(e) => Err((self.inner, e.into())),
-        }
-    }
-}
-
-/// The whole way from a template to a running VM with an identity of its own.
+/// The whole way from a template to a running VM with an identity of its own, while somebody waits.
 pub async fn restore(
     context: &RestoreContext,
     template: &ReadyTemplate,
-    background: bool,
+    owner: Option<&Owner>,
 ) -> Result<Reidentified, RestoreError> {
     let started = Instant::now();
-    let spawned = Spawned::spawn(context, template, background).await?;
-    spawned.finish(started).await
+    let spawned = Spawned::spawn(context, template, Priority::Normal).await?;
+    spawned.finish(started, owner).await
 }
 
 fn record_phases(timings: &Timings) {

@@ -18,6 +18,7 @@ pub mod identity;
 pub mod ids;
 pub mod lifecycle;
 mod lint;
+mod parked;
 mod pause;
 mod pool;
 mod recover;

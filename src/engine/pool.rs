@@ -6,17 +6,21 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, watch};
 use tokio::task::{AbortHandle, JoinSet};
 
-use super::lifecycle::{self, Parked, RestoreContext, Spawned};
+use super::lifecycle::{RestoreContext, Spawned};
+use super::parked::{self, Parked, WarmUp};
 use super::spare::Spare;
 use super::template::ReadyTemplate;
 
 /// Longest pause between two attempts after a restore failed.
 const MAX_BACKOFF: Duration = Duration::from_secs(10);
+/// A pool from which something was taken within this time has no time for more than the least
+/// warm-up: the next claim may need the VM.
+const BUSY: Duration = Duration::from_secs(5);
 /// Restores under way at once for one pool.
 const REFILL_CONCURRENCY: u32 = 2;
 
@@ -37,6 +41,7 @@ pub struct Pool {
     restoring: AtomicU32,
     misses: AtomicU64,
     closed: AtomicBool,
+    last_taken: Mutex<Option<Instant>>,
     ready: Mutex<VecDeque<Entry>>,
     wake: Notify,
     spare: Spare,
@@ -72,6 +77,7 @@ impl Pool {
             restoring: AtomicU32::new(0),
             misses: AtomicU64::new(0),
             closed: AtomicBool::new(false),
+            last_taken: Mutex::new(None),
             ready: Mutex::new(VecDeque::new()),
             wake: Notify::new(),
             spare: Spare::default(),
@@ -97,6 +103,7 @@ impl Pool {
 
     /// Takes a parked VM, or counts a miss.
     pub fn take(&self) -> Option<Parked> {
+        *self.last_taken() = Some(Instant::now());
         let entry = self.entries().pop_front();
         if let Some(entry) = entry {
             entry.watcher.abort();
@@ -177,6 +184,14 @@ impl Pool {
         self.spare.close();
     }
 
+    fn is_busy(&self) -> bool {
+        self.last_taken().is_some_and(|at| at.elapsed() < BUSY)
+    }
+
+    fn last_taken(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
+        self.last_taken.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
     fn wants_more(&self) -> bool {
         let n = self.numbers();
         n.ready + n.restoring < n.target && n.restoring < REFILL_CONCURRENCY
@@ -187,12 +202,8 @@ impl Pool {
         // Claims come first: they are short, and a restore would take the CPU from them.
         let mut claims = self.claims.clone();
         let _ = claims.wait_for(|under_way| *under_way == 0).await;
-        let restored = lifecycle::restore(&self.context, &self.template, true).await;
-        let parked = match restored {
-            Ok(running) => running.park(&self.context.db).await,
-            Err(e) => Err(e),
-        };
-        match parked {
+        let warm_up = if self.is_busy() { WarmUp::Claim } else { WarmUp::ClaimAndCommand };
+        match parked::restore(&self.context, &self.template, warm_up).await {
             Ok(parked) => {
                 self.put(parked);
                 true

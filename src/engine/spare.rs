@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
 
+use snapshotter::vmm::Priority;
+
 use super::lifecycle::{RestoreContext, Spawned};
 use super::template::ReadyTemplate;
 
@@ -46,7 +48,7 @@ impl Spare {
             let empty = self.lock().is_none();
             if empty {
                 let _ = claims.wait_for(|under_way| *under_way == 0).await;
-                match Spawned::spawn(context, template, true).await {
+                match Spawned::spawn(context, template, Priority::Background).await {
                     Ok(spawned) => *self.lock() = Some(spawned),
                     Err(e) => {
                         tracing::warn!(template = %template.name, "no spare: {e}");

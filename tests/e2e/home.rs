@@ -93,8 +93,26 @@ impl Home {
         self.processes().into_iter().find(|p| p.name.starts_with("rethaw-pager"))
     }
 
-    /// Ids of the VMs that have a directory.
+    /// Ids of the VMs that are parked or claimed: not those on their way, such as the started
+    /// process that a pool keeps in reserve.
     pub fn vm_ids(&self) -> Vec<String> {
+        self.vms("stage IN ('parked', 'claimed')")
+    }
+
+    /// Ids of VMs on their way.
+    pub fn vms_starting(&self) -> Vec<String> {
+        self.vms("stage = 'starting'")
+    }
+
+    fn vms(&self, which: &str) -> Vec<String> {
+        let db = rusqlite::Connection::open(self.path.join("state.db")).unwrap();
+        db.busy_timeout(Duration::from_secs(10)).unwrap();
+        let mut rows = db.prepare(&format!("SELECT id FROM vms WHERE {which}")).unwrap();
+        rows.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect()
+    }
+
+    /// Ids of the VMs that have a directory.
+    pub fn vm_dirs(&self) -> Vec<String> {
         let dir = self.path.join("run").join("vm");
         let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
         entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect()

@@ -263,7 +263,7 @@ impl Service {
         assert_eq!(self.home.processes(), [], "processes");
         assert_eq!(self.home.sockets(), Vec::<PathBuf>::new(), "sockets");
         assert_eq!(self.home.mounts(), Vec::<String>::new(), "mounts");
-        assert_eq!(self.home.vm_ids(), Vec::<String>::new(), "VM directories");
+        assert_eq!(self.home.vm_dirs(), Vec::<String>::new(), "VM directories");
         let tmp = std::fs::read_dir(self.home.path().join("tmp")).unwrap().flatten();
         let tmp: Vec<_> = tmp.map(|e| e.path()).collect();
         assert_eq!(tmp, Vec::<PathBuf>::new(), "temporary files");

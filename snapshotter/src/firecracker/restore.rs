@@ -13,7 +13,7 @@ use super::home::{self, Access, Home};
 use super::spawn::{Console, SpawnSpec, Spawned, died};
 use super::vm::{FirecrackerVm, Origin};
 use super::{COMMAND_DEADLINE, Firecracker, LOAD_DEADLINE, Limits, NIC, SCRATCH};
-use crate::process::set_nice;
+use crate::priority;
 use crate::vmm::{MemoryBackend, Phases, Priority, RestoreSpec, Shell, Vm, VmRecord, VmmError};
 
 /// A started Firecracker with everything in its home that it will load.
@@ -53,7 +53,7 @@ pub(super) async fn prepare(
     };
     let spawned = driver.spawn(&spawn, fill).await?;
     if spec.background {
-        set_nice(spawned.process.id().pid, 19);
+        priority::set(spawned.process.id().pid, Priority::Background);
     }
     let tap = spawned.tap.clone();
     let pager = listener.is_some().then(|| Arc::clone(&driver.pager));

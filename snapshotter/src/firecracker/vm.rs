@@ -17,7 +17,8 @@ use super::spawn::{Spawned, api_error, died};
 use super::{
     COMMAND_DEADLINE, Firecracker, JailConfig, KILL_DEADLINE, VMM, snapshot, spawn, vsock,
 };
-use crate::process::{ExitReason, Process, set_nice};
+use crate::priority;
+use crate::process::{ExitReason, Process};
 use crate::vmm::{
     MachineSize, MemoryBackend, Priority, SnapshotFiles, Vm, VmRecord, VmmError, VmmKind,
 };
@@ -235,11 +236,7 @@ impl Vm for FirecrackerVm {
     }
 
     fn set_priority(&self, priority: Priority) {
-        let nice = match priority {
-            Priority::Background => 19,
-            Priority::Normal => 0,
-        };
-        set_nice(self.record.process.pid, nice);
+        priority::set(self.record.process.pid, priority);
     }
 
     async fn kill(&self) {

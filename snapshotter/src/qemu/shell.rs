@@ -14,9 +14,10 @@ use uffd_handler::supervisor::Supervisor;
 
 use super::args::{MEMORY_FD, Machine, Memory, Start, VMSTATE_FD};
 use super::qmp::Qmp;
-use super::vm::{GuestMemory, LAYERS, QemuVm, nice};
+use super::vm::{GuestMemory, LAYERS, QemuVm};
 use super::{COMMAND_DEADLINE, Qemu, START_DEADLINE, STATE_DEADLINE, VMM};
-use crate::process::{Process, set_nice};
+use crate::priority;
+use crate::process::Process;
 use crate::vmm::{
     MemoryBackend, Phases, Priority, RestoreSpec, Shell, Vm, VmRecord, VmmError, VmmKind,
 };
@@ -67,7 +68,7 @@ pub(super) async fn prepare(driver: &Qemu, spec: &RestoreSpec) -> Result<QemuShe
     };
     let process = driver.spawn(&spec.id, &spec.run_dir, &machine, fds, &env)?;
     if spec.background {
-        set_nice(process.id().pid, nice(Priority::Background));
+        priority::set(process.id().pid, Priority::Background);
     }
     let record = VmRecord {
         id: spec.id.clone(),
@@ -137,7 +138,7 @@ impl Shell for QemuShell {
     }
 
     fn set_priority(&self, priority: Priority) {
-        set_nice(self.record.process.pid, nice(priority));
+        priority::set(self.record.process.pid, priority);
     }
 
     async fn load(self: Box<Self>) -> Result<(Box<dyn Vm>, Phases), VmmError> {

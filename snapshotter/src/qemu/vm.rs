@@ -17,7 +17,8 @@ use uffd_handler::supervisor::Supervisor;
 use super::args::MEMORY_FD;
 use super::qmp::{Event, Qmp};
 use super::{COMMAND_DEADLINE, KILL_DEADLINE, STATE_DEADLINE, VMM};
-use crate::process::{ExitReason, Process, set_nice};
+use crate::priority;
+use crate::process::{ExitReason, Process};
 use crate::vmm::{MemoryBackend, Priority, SnapshotFiles, Vm, VmRecord, VmmError};
 use crate::{delta, manifest};
 
@@ -192,7 +193,7 @@ impl Vm for QemuVm {
     }
 
     fn set_priority(&self, priority: Priority) {
-        set_nice(self.record.process.pid, nice(priority));
+        priority::set(self.record.process.pid, priority);
     }
 
     async fn kill(&self) {
@@ -244,13 +245,5 @@ pub(super) async fn migration_end(
             }
             _ => {}
         }
-    }
-}
-
-/// The nice value that goes with a priority: normal is the service's own.
-pub(super) fn nice(priority: Priority) -> i32 {
-    match priority {
-        Priority::Background => 19,
-        Priority::Normal => rustix::process::getpriority_process(None).unwrap_or(0),
     }
 }

@@ -1,0 +1,155 @@
+//! Parked VMs: identity proven, warmed, paused, nobody's yet.
+//!
+//! ```text
+//! Reidentified --rehearse, pause--> Parked --unpark--> Reidentified --hand over--> a sandbox
+//! ```
+
+use std::time::{Duration, Instant};
+
+use guest_agent::client::AgentError;
+use guest_agent::wire::{ClaimReport, ClaimRequest, ExecFrame, ExecRequest};
+use snapshotter::priority;
+use snapshotter::vmm::Priority;
+
+use super::identity::Owner;
+use super::ids;
+use super::lifecycle::{Reidentified, RestoreContext, RestoreError, Spawned};
+use super::template::ReadyTemplate;
+
+/// How long the hand-over of a parked VM may take before it is thrown away for another one.
+const CLAIM_DEADLINE: Duration = Duration::from_secs(3);
+/// How long the first command may take, of which every page and instruction is cold.
+const COMMAND_DEADLINE: Duration = Duration::from_secs(10);
+/// Hand-overs rehearsed before a VM is parked. The first brings in the pages; an emulator
+/// translates code on its first runs, and the third is as fast as any later one.
+const REHEARSALS: u32 = 3;
+/// A restore in the background that takes longer than this is being starved.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// A VM with an identity of its own, paused, waiting for a claim.
+#[derive(Debug)]
+pub struct Parked {
+    /// The machine; its vCPUs do not run.
+    pub inner: Reidentified,
+}
+
+/// How much a VM is warmed before it is parked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WarmUp {
+    /// A claim: its pages and code are there afterwards.
+    Claim,
+    /// A claim and a command; for when there is time.
+    ClaimAndCommand,
+}
+
+/// The whole way from a template to a parked VM, at a priority that costs claims nothing.
+pub async fn restore(
+    context: &RestoreContext,
+    template: &ReadyTemplate,
+    warm_up: WarmUp,
+) -> Result<Parked, RestoreError> {
+    let started = Instant::now();
+    let spawned = Spawned::spawn(context, template, Priority::Background).await?;
+    let pid = spawned.record().process.pid;
+    let restored = async {
+        let running = spawned.finish(started, None).await?;
+        park(running, context, warm_up).await
+    };
+    tokio::pin!(restored);
+    tokio::select! {
+        done = &mut restored => done,
+        () = tokio::time::sleep(PATIENCE) => {
+            // A host that is busy for good must not keep the pool empty for good.
+            priority::set(pid, Priority::Normal);
+            restored.await
+        }
+    }
+}
+
+/// Warms a VM, stops its vCPUs and writes down that it may be claimed.
+async fn park(
+    vm: Reidentified,
+    context: &RestoreContext,
+    warm_up: WarmUp,
+) -> Result<Parked, RestoreError> {
+    let attempt = async {
+        for _ in 0..REHEARSALS {
+            vm.rehearse_claim().await?;
+        }
+        if warm_up == WarmUp::ClaimAndCommand {
+            vm.rehearse_command().await?;
+        }
+        vm.machine.vm.pause().await?;
+        context.db.vm_parked(&vm.id, &vm.identity).await?;
+        Ok(())
+    };
+    match attempt.await {
+        Ok(()) => Ok(Parked { inner: vm }),
+        Err(e) => {
+            let id = vm.id.clone();
+            vm.machine.destroy().await;
+            context.db.vm_gone(&id).await?;
+            Err(e)
+        }
+    }
+}
+
+impl Reidentified {
+    /// One hand-over without a token: the pages and translated code a claim needs are then there,
+    /// and a VM that could not be claimed is found now instead of under a user's request.
+    async fn rehearse_claim(&self) -> Result<(), RestoreError> {
+        let request = ClaimRequest {
+            wall_clock_unix_nanos: ids::wall_clock_unix_nanos(),
+            ..ClaimRequest::default()
+        };
+        let done = self.machine.agent.claim(&request, CLAIM_DEADLINE).await;
+        done.map(drop).map_err(|source| self.agent_error("rehearsal of a claim", source))
+    }
+
+    /// Runs `/bin/true`: what a command needs of kernel, libc and agent is then there.
+    async fn rehearse_command(&self) -> Result<(), RestoreError> {
+        let request = ExecRequest { argv: vec!["/bin/true".to_owned()], ..ExecRequest::default() };
+        let run = async {
+            let mut frames = self.machine.agent.exec(&request, COMMAND_DEADLINE).await?;
+            while let Some(frame) = frames.next_frame().await? {
+                if let ExecFrame::Exit(_) = frame {
+                    break;
+                }
+            }
+            Ok(())
+        };
+        let timeout = || AgentError::Timeout {
+            call: "rehearsal of a command".to_owned(),
+            deadline: COMMAND_DEADLINE,
+        };
+        let done = tokio::time::timeout(COMMAND_DEADLINE, run).await;
+        done.unwrap_or_else(|_| Err(timeout()))
+            .map_err(|source| self.agent_error("rehearsal of a command", source))
+    }
+
+    /// Hands the running VM over: clock, token and environment in one round trip.
+    pub async fn hand_over(&self, owner: &Owner) -> Result<ClaimReport, RestoreError> {
+        let request = ClaimRequest {
+            wall_clock_unix_nanos: ids::wall_clock_unix_nanos(),
+            access_token: Some(owner.access_token.clone()),
+            env: owner.env.clone(),
+        };
+        let done = self.machine.agent.claim(&request, CLAIM_DEADLINE).await;
+        done.map_err(|source| self.agent_error("claim", source))
+    }
+
+    fn agent_error(&self, step: &'static str, source: AgentError) -> RestoreError {
+        RestoreError::Agent { id: self.id.clone(), step, source }
+    }
+}
+
+impl Parked {
+    /// Lets the vCPUs run again, now for somebody who waits.
+    pub async fn unpark(self) -> Result<Reidentified, (Reidentified, RestoreError)> {
+        self.inner.machine.vm.set_priority(Priority::Normal);
+        match self.inner.machine.vm.resume().await {
+            Ok(()) => Ok(self.inner),
+            Err(e) => Err((self.inner, e.into())),
+        }
+    }
+}

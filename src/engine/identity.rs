@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use guest_agent::wire::{Base64, IdentityRequest, ProvenIdentity};
 use rand::RngCore;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::ids;
 
@@ -33,7 +34,8 @@ pub struct Owner {
 }
 
 /// What the guest reported for each item, in the form the API shows.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[schema(as = IdentityItem)]
 pub struct ItemView {
     /// Name of the item.
     pub item: String,

@@ -7,12 +7,13 @@ use guest_agent::client::AgentClient;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use tokio::sync::Mutex;
+use utoipa::ToSchema;
 
 use super::db::StoredIdentity;
 use super::lifecycle::{Machine, Timings};
 
 /// Where the machine came from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Origin {
     /// From the pool.
@@ -38,7 +39,7 @@ impl Origin {
 }
 
 /// What happens when a sandbox's time is up.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnTimeout {
     /// It is deleted.
@@ -49,8 +50,9 @@ pub enum OnTimeout {
 }
 
 /// The states a user sees.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
+#[schema(as = SandboxState)]
 pub enum State {
     /// Commands run.
     Running,

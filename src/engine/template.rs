@@ -14,12 +14,13 @@ use snapshotter::manifest::{self, Manifest};
 use snapshotter::vmm::{MachineSize, MemoryBackend};
 use time::OffsetDateTime;
 use uffd_handler::supervisor::MemoryPlan;
+use utoipa::ToSchema;
 
 /// Name of the template every service has.
 pub const BASE: &str = "base";
 
 /// A template's progress.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum TemplateState {
     /// Waits for its turn.

@@ -8,12 +8,52 @@ use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use guest_agent::client::AgentError;
-use serde_json::json;
+use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::request_id;
 use crate::engine::db::DbError;
 use crate::engine::lifecycle::RestoreError;
 use crate::engine::{CreateError, SandboxError, TransitionError, WorkspaceError};
+
+/// A refusal: the members of RFC 9457, and `code`, `message` and `error_code` besides
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Problem {
+    /// `urn:rethaw:error:` and the `error_code`
+    #[serde(rename = "type")]
+    kind: String,
+    /// The status in words
+    title: &'static str,
+    /// The HTTP status
+    #[schema(minimum = 400, maximum = 599)]
+    status: u16,
+    /// The same as `message`
+    detail: String,
+    /// Path of the request
+    instance: String,
+    /// The same as `status`
+    #[schema(minimum = 400, maximum = 599)]
+    code: u16,
+    /// For people: what was wrong, with the values, and what would be right
+    #[schema(min_length = 1)]
+    message: String,
+    /// For programs: one of a closed list
+    #[schema(pattern = "^[a-z_]+$")]
+    error_code: String,
+    /// The same as `X-Request-Id`
+    request_id: String,
+}
+
+/// Why one part of a reply is missing
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Refusal {
+    /// HTTP status that a reply of its own would have
+    code: u16,
+    /// For people
+    message: String,
+    /// For programs
+    error_code: String,
+}
 
 /// An error on its way to the user.
 #[derive(Debug)]
@@ -51,12 +91,9 @@ impl ApiError {
     }
 
     /// What a part of a reply shows for this error.
-    pub fn as_part(&self) -> serde_json::Value {
-        json!({
-            "code": self.status.as_u16(),
-            "message": self.message,
-            "error_code": self.error_code,
-        })
+    pub fn into_part(self) -> Refusal {
+        let Self { status, message, error_code, .. } = self;
+        Refusal { code: status.as_u16(), message, error_code }
     }
 
     /// No such route.
@@ -86,17 +123,19 @@ impl ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let title = self.status.canonical_reason().unwrap_or("Error");
-        let body = json!({
-            "type": format!("urn:rethaw:error:{}", self.error_code),
-            "title": title,
-            "status": self.status.as_u16(),
-            "detail": self.message,
-            "code": self.status.as_u16(),
-            "message": self.message,
-            "error_code": self.error_code,
-            "request_id": request_id::current(),
-        });
+        let code = self.status.as_u16();
+        let (request_id, instance) = request_id::current();
+        let body = Problem {
+            kind: format!("urn:rethaw:error:{}", self.error_code),
+            title: self.status.canonical_reason().unwrap_or("Error"),
+            status: code,
+            detail: self.message.clone(),
+            instance,
+            code,
+            message: self.message.clone(),
+            error_code: self.error_code.clone(),
+            request_id,
+        };
         if self.status.is_server_error() {
             tracing::warn!(code = %self.error_code, "{}", self.message);
         }

@@ -15,10 +15,12 @@ use base64::engine::general_purpose::STANDARD;
 use guest_agent::client::{AgentClient, AgentError, ExecStream};
 use guest_agent::wire::{Base64, Chunk, ExecFrame, ExecInput, ExecRequest};
 use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
 
 use super::App;
 use super::error::ApiError;
 use super::json::JsonBody;
+use super::openapi::{argv_schema, env_schema};
 use super::sandboxes::check_env;
 use crate::engine::sandbox::{Sandbox, State as SandboxState};
 
@@ -28,39 +30,66 @@ const START_DEADLINE: Duration = Duration::from_secs(30);
 const MAX_BUFFERED: usize = 8 << 20;
 const MAX_TIMEOUT_SECONDS: f64 = 24.0 * 3600.0;
 
-#[derive(Debug, Deserialize)]
+/// A command
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = Exec)]
 pub struct ExecBody {
+    #[schema(schema_with = argv_schema)]
     argv: Vec<String>,
     #[serde(default)]
+    #[schema(schema_with = env_schema)]
     env: BTreeMap<String, String>,
+    /// Folder to run it in; the user's home when absent
     cwd: Option<String>,
+    /// User to run it as; `root` when absent
     user: Option<String>,
+    /// It is killed after this time
+    #[schema(exclusive_minimum = 0.0, maximum = 86_400)]
     timeout_seconds: Option<f64>,
+    /// Standard input, whole
     stdin: Option<String>,
+    /// The same for input that is not text; not together with `stdin`
+    #[schema(content_encoding = "base64")]
     stdin_base64: Option<String>,
 }
 
-#[derive(Debug, Deserialize)]
+/// How the output comes
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub struct ExecQuery {
+    /// As one object at the end instead of frames
     #[serde(default)]
     buffered: bool,
 }
 
-#[derive(Debug, Serialize)]
+/// A command's whole output
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ExecResult)]
 struct BufferedReply {
+    /// Exit code; 128 plus the signal's number when a signal ended it
     exit_code: i32,
+    /// Name of the signal that ended it
     signal: Option<String>,
+    /// It was killed because its time was up
     timed_out: bool,
+    /// From start to end
     duration_ms: u64,
+    /// Standard output
     stdout: String,
+    /// Standard error
     stderr: String,
-    // Absent for text.
+    /// `base64`, or absent for text
+    #[schema(nullable = false)]
     #[serde(skip_serializing_if = "Option::is_none")]
     stdout_encoding: Option<&'static str>,
+    /// `base64`, or absent for text
+    #[schema(nullable = false)]
     #[serde(skip_serializing_if = "Option::is_none")]
     stderr_encoding: Option<&'static str>,
+    /// A stream was longer than is kept
     #[serde(skip_serializing_if = "std::ops::Not::not")]
+    #[schema(required = false)]
     truncated: bool,
 }
 
@@ -94,7 +123,21 @@ fn check(body: &ExecBody) -> Result<(), ApiError> {
     check_env(&body.env)
 }
 
-/// The handler.
+/// Run a command
+///
+/// The output comes as frames, one JSON object a line: `started`, then `stdout`, `stderr` and
+/// `keepalive`, then exactly one `exit` or `error`. When the client goes away the command is killed.
+#[utoipa::path(post, path = "/sandboxes/{id}/exec", tag = "sandboxes", operation_id = "exec",
+    params(("id" = String, Path, description = "A sandbox", pattern = "^[a-z0-9]{20}$"), ExecQuery),
+    request_body = ExecBody,
+    responses((status = 200, description = "Its output", content(
+            (ExecFrame = "application/x-ndjson"), (BufferedReply = "application/json"))),
+        (status = 404, description = "`sandbox_not_found`"),
+        (status = 409, description = "`wrong_state`"),
+        (status = 422, description = "`invalid_field`, `program_not_found`, \
+            `program_not_executable`, `user_not_found`, `cwd_not_found`, `invalid_command`"),
+        (status = 502, description = "`guest_unreachable`"),
+        (status = 504, description = "`guest_timeout`")))]
 pub async fn exec(
     State(app): State<App>,
     Path(id): Path<String>,

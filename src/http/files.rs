@@ -6,6 +6,7 @@ use axum::http::{HeaderName, Method, StatusCode, header};
 use axum::response::Response;
 use guest_agent::client::{AgentClient, RequestBody};
 use http_body_util::{BodyExt, Limited};
+use utoipa::IntoParams;
 
 use super::App;
 use super::error::ApiError;
@@ -19,16 +20,77 @@ const MAX_ERROR: usize = 64 << 10;
 /// How long a guest may take to answer; how long the bytes may take is the client's business.
 const ANSWER_DEADLINE: std::time::Duration = std::time::Duration::from_secs(60);
 
-/// The handler for GET, PUT and DELETE.
-pub async fn files(
+/// Which file
+#[derive(Debug, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[expect(dead_code, reason = "the query goes to the guest as it came; this describes it")]
+pub struct FileQuery {
+    /// Absolute path in the guest, without `.` and `..`
+    #[param(pattern = r"^/([^/\x00]+/?)*$", max_length = 4095)]
+    path: String,
+}
+
+/// Read a file, or a folder as an archive
+#[utoipa::path(get, path = "/sandboxes/{id}/files", tag = "sandboxes", operation_id = "read_file",
+    params(("id" = String, Path, description = "A sandbox", pattern = "^[a-z0-9]{20}$"), FileQuery,
+        ("Accept" = Option<String>, Header, description = "`application/x-tar` for a folder")),
+    responses((status = 200, description = "Its bytes", content(
+            (Vec<u8> = "application/octet-stream"), (Vec<u8> = "application/x-tar"))),
+        (status = 400, description = "`invalid_path`"),
+        (status = 404, description = "`sandbox_not_found`, `file_not_found`"),
+        (status = 409, description = "`wrong_state`, `is_a_directory`, `not_a_file`"),
+        (status = 502, description = "`guest_unreachable`"),
+        (status = 504, description = "`guest_timeout`")))]
+pub async fn get(
     State(app): State<App>,
     Path(id): Path<String>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    if ![Method::GET, Method::HEAD, Method::PUT, Method::DELETE].contains(request.method()) {
-        return Err(ApiError::method_not_allowed());
-    }
-    let agent = agent_of(&app.engine.sandbox(&id)?, "files")?;
+    pass(&app, &id, request).await
+}
+
+/// Write a file with its folders, or unpack an archive into a folder
+#[utoipa::path(put, path = "/sandboxes/{id}/files", tag = "sandboxes", operation_id = "write_file",
+    params(("id" = String, Path, description = "A sandbox", pattern = "^[a-z0-9]{20}$"), FileQuery),
+    request_body(content((Vec<u8> = "application/octet-stream"), (Vec<u8> = "application/x-tar"))),
+    responses((status = 200, description = "What was written", body = Object),
+        (status = 204, description = "Written"),
+        (status = 400, description = "`invalid_path`, `entry_escapes`"),
+        (status = 403, description = "`permission_denied`"),
+        (status = 404, description = "`sandbox_not_found`"),
+        (status = 409, description = "`wrong_state`, `is_a_directory`, `not_a_directory`"),
+        (status = 502, description = "`guest_unreachable`"),
+        (status = 507, description = "`disk_full`")))]
+pub async fn put(
+    State(app): State<App>,
+    Path(id): Path<String>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    pass(&app, &id, request).await
+}
+
+/// Remove a file, or a folder and all in it
+#[utoipa::path(delete, path = "/sandboxes/{id}/files", tag = "sandboxes",
+    operation_id = "delete_file",
+    params(("id" = String, Path, description = "A sandbox", pattern = "^[a-z0-9]{20}$"), FileQuery,
+        ("recursive" = Option<bool>, Query, description = "Needed for a folder that is not empty")),
+    responses((status = 204, description = "It is gone"),
+        (status = 400, description = "`invalid_path`"),
+        (status = 403, description = "`permission_denied`"),
+        (status = 404, description = "`sandbox_not_found`, `file_not_found`"),
+        (status = 409, description = "`wrong_state`, `not_a_directory`"),
+        (status = 502, description = "`guest_unreachable`"),
+        (status = 504, description = "`guest_timeout`")))]
+pub async fn delete(
+    State(app): State<App>,
+    Path(id): Path<String>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    pass(&app, &id, request).await
+}
+
+async fn pass(app: &App, id: &str, request: Request) -> Result<Response, ApiError> {
+    let agent = agent_of(&app.engine.sandbox(id)?, "files")?;
     let query = request.uri().query().unwrap_or_default();
     if !query.split('&').any(|p| p.starts_with("path=") && p.len() > 5) {
         return Err(ApiError::invalid("path: missing; ask for /files?path=/absolute/path"));

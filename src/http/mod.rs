@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! /healthz /readyz /metrics            ops.rs       no key needed
+//! /v1/openapi.json                     openapi.rs   no key needed
 //! /v1/info                             ops.rs
 //! /v1/sandboxes[/{id}[/timeout]]       sandboxes.rs
 //! /v1/sandboxes/{id}/{pause,resume,fork}  transitions.rs
@@ -11,7 +12,8 @@
 //! /v1/pools[/{template}]               pools.rs
 //! ```
 //!
-//! Engine errors become status codes here and nowhere else: see [`error`].
+//! Engine errors become status codes here and nowhere else: see [`error`]. How a route gets into
+//! the OpenAPI document: see [`openapi`].
 
 mod auth;
 mod error;
@@ -20,6 +22,7 @@ mod files;
 #[allow(dead_code, reason = "its users come with the port proxy")]
 mod host;
 mod json;
+mod openapi;
 mod ops;
 mod pools;
 mod request_id;
@@ -31,8 +34,10 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::routing::{any, get, post};
 use metrics_exporter_prometheus::PrometheusHandle;
+use utoipa::OpenApi;
+use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
+use utoipa_axum::routes;
 
 pub use auth::ApiKey;
 use error::ApiError;
@@ -53,32 +58,42 @@ pub struct App {
     pub metrics: PrometheusHandle,
 }
 
-/// All routes.
+/// All routes, ready to be served.
 pub fn router(app: App) -> Router {
-    let v1 = Router::new()
-        .route("/info", get(ops::info))
-        .route("/sandboxes", get(sandboxes::list).post(sandboxes::create))
-        .route("/sandboxes/{id}", get(sandboxes::get).delete(sandboxes::delete))
-        .route("/sandboxes/{id}/timeout", post(sandboxes::set_timeout))
-        .route("/sandboxes/{id}/pause", post(transitions::pause))
-        .route("/sandboxes/{id}/resume", post(transitions::resume))
-        .route("/sandboxes/{id}/fork", post(transitions::fork))
-        .route("/sandboxes/{id}/exec", post(exec::exec))
-        .route("/templates", get(templates::list))
-        .route("/templates/{name}", get(templates::get))
-        .route("/pools", get(pools::list))
-        .route("/pools/{template}", get(pools::get).put(pools::set))
-        .layer(DefaultBodyLimit::max(MAX_JSON_BYTES))
-        // Streamed: no limit but the guest's disk.
-        .route("/sandboxes/{id}/files", any(files::files).layer(DefaultBodyLimit::disable()))
-        .layer(axum::middleware::from_fn_with_state(app.clone(), auth::require_key));
-    Router::new()
-        .route("/healthz", get(ops::healthz))
-        .route("/readyz", get(ops::readyz))
-        .route("/metrics", get(ops::metrics))
-        .nest("/v1", v1)
+    let key = axum::middleware::from_fn_with_state(app.clone(), auth::require_key);
+    let (router, _) = routes(|v1| v1.layer(key)).split_for_parts();
+    router
         .fallback(|| async { ApiError::route_not_found() })
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
         .layer(axum::middleware::from_fn(request_id::track))
         .with_state(app)
+}
+
+/// Every route, with its documentation; `guard` is laid around those that need a key.
+fn routes(guard: impl FnOnce(OpenApiRouter<App>) -> OpenApiRouter<App>) -> OpenApiRouter<App> {
+    OpenApiRouter::with_openapi(openapi::Head::openapi())
+        .routes(routes!(ops::healthz))
+        .routes(routes!(ops::readyz))
+        .routes(routes!(ops::metrics))
+        .routes(routes!(openapi::openapi))
+        .nest("/v1", guard(v1()))
+}
+
+fn v1() -> OpenApiRouter<App> {
+    OpenApiRouter::default()
+        .routes(routes!(ops::info))
+        .routes(routes!(sandboxes::list, sandboxes::create))
+        .routes(routes!(sandboxes::get, sandboxes::delete))
+        .routes(routes!(sandboxes::set_timeout))
+        .routes(routes!(transitions::pause))
+        .routes(routes!(transitions::resume))
+        .routes(routes!(transitions::fork))
+        .routes(routes!(exec::exec))
+        .routes(routes!(templates::list))
+        .routes(routes!(templates::get))
+        .routes(routes!(pools::list))
+        .routes(routes!(pools::get, pools::set))
+        .layer(DefaultBodyLimit::max(MAX_JSON_BYTES))
+        // Streamed: no limit but the guest's disk.
+        .routes(routes!(files::get, files::put, files::delete).layer(DefaultBodyLimit::disable()))
 }

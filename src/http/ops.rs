@@ -1,23 +1,96 @@
 //! Health, readiness, metrics, and what this service is.
 
+use std::collections::BTreeMap;
+
 use axum::Json;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
-use serde_json::{Value, json};
+use serde::Serialize;
+use snapshotter::vmm::VmmKind;
+use utoipa::ToSchema;
 
 use super::{App, MAX_JSON_BYTES};
 use crate::engine::template::TemplateState;
 
-/// `GET /healthz`: the process serves.
-pub async fn healthz() -> Json<Value> {
-    Json(json!({"status": "ok"}))
+/// The process serves
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Health {
+    /// Always `ok`
+    status: &'static str,
 }
 
-/// `GET /readyz`: 200 once every template that was promised can be claimed, with a reason for each
-/// that cannot.
+/// What can be used already
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Readiness {
+    /// `ready`, `starting` or `failed`
+    status: &'static str,
+    /// One for each template and each pool
+    checks: BTreeMap<String, Check>,
+}
+
+/// One finding
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+enum Check {
+    /// A template
+    Template {
+        /// It can be claimed
+        ok: bool,
+        /// How far it is
+        state: TemplateState,
+        /// What is being done, or why it failed
+        detail: String,
+    },
+    /// A pool
+    Pool {
+        /// VMs that wait
+        ready: u32,
+        /// VMs that should
+        target: u32,
+    },
+}
+
+/// What this service is
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Info {
+    /// `rethaw`
+    name: &'static str,
+    /// Its version
+    version: &'static str,
+    /// Since its start
+    uptime_seconds: u64,
+    /// VMM that runs new sandboxes
+    #[schema(value_type = String)]
+    vmm: VmmKind,
+    /// What snapshots made here depend on
+    host: BTreeMap<String, String>,
+    /// What it does not do more than
+    limits: Limits,
+}
+
+/// Limits of every request
+#[derive(Debug, Serialize, ToSchema)]
+struct Limits {
+    /// Longest JSON body
+    json_body_bytes: usize,
+    /// Longest life time a sandbox may ask for
+    timeout_seconds: u64,
+}
+
+/// Whether the process serves
+#[utoipa::path(get, path = "/healthz", tag = "service", operation_id = "get_health",
+    responses((status = 200, description = "It does", body = Health)))]
+pub async fn healthz() -> Json<Health> {
+    Json(Health { status: "ok" })
+}
+
+/// Whether every template that was promised can be claimed
+#[utoipa::path(get, path = "/readyz", tag = "service", operation_id = "get_readiness",
+    responses((status = 200, description = "Every one", body = Readiness),
+        (status = 503, description = "Not yet, or never; the reason for each", body = Readiness)))]
 pub async fn readyz(State(app): State<App>) -> impl IntoResponse {
-    let mut checks = serde_json::Map::new();
+    let mut checks = BTreeMap::new();
     let mut ready = true;
     let mut status = "ready";
     for template in app.engine.templates() {
@@ -30,21 +103,23 @@ pub async fn readyz(State(app): State<App>) -> impl IntoResponse {
         }
         ready &= ok;
         let detail = now.error.unwrap_or(now.message);
-        let check = json!({"ok": ok, "state": now.state, "detail": detail});
+        let check = Check::Template { ok, state: now.state, detail };
         checks.insert(format!("template:{}", template.name), check);
     }
     for (name, numbers, _) in app.engine.pools() {
-        let check = json!({"ready": numbers.ready, "target": numbers.target});
+        let check = Check::Pool { ready: numbers.ready, target: numbers.target };
         checks.insert(format!("pool:{name}"), check);
     }
     if app.engine.templates().is_empty() {
         (ready, status) = (false, "starting");
     }
     let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (code, Json(json!({"status": status, "checks": checks})))
+    (code, Json(Readiness { status, checks }))
 }
 
-/// `GET /metrics`: Prometheus text.
+/// Metrics
+#[utoipa::path(get, path = "/metrics", tag = "service", operation_id = "get_metrics",
+    responses((status = 200, description = "Prometheus text", body = String)))]
 pub async fn metrics(State(app): State<App>) -> impl IntoResponse {
     crate::metrics::sample(&app.engine);
     let mut text = app.metrics.render();
@@ -52,18 +127,20 @@ pub async fn metrics(State(app): State<App>) -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
 }
 
-/// `GET /v1/info`
-pub async fn info(State(app): State<App>) -> Json<Value> {
+/// Version, VMM and limits of the service
+#[utoipa::path(get, path = "/info", tag = "service", operation_id = "get_info",
+    responses((status = 200, description = "What it is", body = Info)))]
+pub async fn info(State(app): State<App>) -> Json<Info> {
     let driver = app.engine.driver();
-    Json(json!({
-        "name": "rethaw",
-        "version": env!("CARGO_PKG_VERSION"),
-        "uptime_seconds": app.engine.uptime().as_secs(),
-        "vmm": driver.kind(),
-        "host": driver.compat().facts,
-        "limits": {
-            "json_body_bytes": MAX_JSON_BYTES,
-            "timeout_seconds": app.engine.config().max_timeout.as_secs(),
+    Json(Info {
+        name: "rethaw",
+        version: env!("CARGO_PKG_VERSION"),
+        uptime_seconds: app.engine.uptime().as_secs(),
+        vmm: driver.kind(),
+        host: driver.compat().facts.clone(),
+        limits: Limits {
+            json_body_bytes: MAX_JSON_BYTES,
+            timeout_seconds: app.engine.config().max_timeout.as_secs(),
         },
-    }))
+    })
 }

@@ -4,6 +4,7 @@ use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::App;
 use super::error::ApiError;
@@ -13,14 +14,21 @@ use crate::engine::PoolNumbers;
 /// More parked VMs than this are a typing error, not a plan.
 const MAX_TARGET: u32 = 1000;
 
-/// A pool as the API shows it.
-#[derive(Debug, Serialize)]
+/// A pool
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Pool)]
 pub struct PoolView {
+    /// Template of its VMs
     template: String,
+    /// VMs that should wait
     target: u32,
+    /// VMs that wait
     ready: u32,
+    /// VMs on their way
     restoring: u32,
+    /// Sandboxes of this template that are not paused
     claimed: u32,
+    /// Claims that found the pool empty, since the service started
     misses_total: u64,
 }
 
@@ -31,24 +39,36 @@ impl PoolView {
     }
 }
 
-#[derive(Debug, Serialize)]
-pub struct ListReply {
+/// Every pool
+#[derive(Debug, Serialize, ToSchema)]
+pub struct PoolList {
+    /// By template
     items: Vec<PoolView>,
 }
 
-#[derive(Debug, Deserialize)]
+/// How many VMs should wait
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = PoolTarget)]
 pub struct PoolBody {
+    /// Parked VMs to keep
+    #[schema(maximum = 1000)]
     target: u32,
 }
 
-/// `GET /v1/pools`
-pub async fn list(State(app): State<App>) -> Json<ListReply> {
+/// List pools
+#[utoipa::path(get, path = "/pools", tag = "pools", operation_id = "list_pools",
+    responses((status = 200, description = "Every pool", body = PoolList)))]
+pub async fn list(State(app): State<App>) -> Json<PoolList> {
     let items = app.engine.pools().into_iter().map(PoolView::new).collect();
-    Json(ListReply { items })
+    Json(PoolList { items })
 }
 
-/// `GET /v1/pools/{template}`
+/// Show a pool
+#[utoipa::path(get, path = "/pools/{template}", tag = "pools", operation_id = "get_pool",
+    params(("template" = String, Path, description = "Its template")),
+    responses((status = 200, description = "The pool", body = PoolView),
+        (status = 404, description = "`pool_not_found`")))]
 pub async fn get(
     State(app): State<App>,
     Path(template): Path<String>,
@@ -57,7 +77,12 @@ pub async fn get(
     found.map(|p| Json(PoolView::new(p))).ok_or_else(|| pool_not_found(&template))
 }
 
-/// `PUT /v1/pools/{template}`
+/// Set how many VMs of a template should wait
+#[utoipa::path(put, path = "/pools/{template}", tag = "pools", operation_id = "set_pool",
+    params(("template" = String, Path, description = "Its template")),
+    request_body = PoolBody,
+    responses((status = 200, description = "The pool", body = PoolView),
+        (status = 404, description = "`pool_not_found`")))]
 pub async fn set(
     State(app): State<App>,
     Path(template): Path<String>,

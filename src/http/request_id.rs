@@ -11,11 +11,11 @@ use tracing::Instrument;
 use crate::engine::ids;
 
 tokio::task_local! {
-    static CURRENT: String;
+    static CURRENT: (String, String);
 }
 
-/// The id of the request that this task serves.
-pub fn current() -> String {
+/// Id and path of the request that this task serves.
+pub fn current() -> (String, String) {
     CURRENT.try_with(Clone::clone).unwrap_or_default()
 }
 
@@ -30,10 +30,11 @@ pub async fn track(request: Request, next: Next) -> Response {
     };
     let id = given.filter(sane).map_or_else(ids::new_id, str::to_owned);
     let method = request.method().clone();
+    let current = (id.clone(), request.uri().path().to_owned());
     let route = request.extensions().get::<MatchedPath>();
     let route = route.map_or("none", MatchedPath::as_str).to_owned();
     let span = tracing::info_span!("request", id = %id, %method, route = %route);
-    let mut response = CURRENT.scope(id.clone(), next.run(request).instrument(span)).await;
+    let mut response = CURRENT.scope(current, next.run(request).instrument(span)).await;
     if let Ok(value) = HeaderValue::from_str(&id) {
         response.headers_mut().insert("x-request-id", value);
     }

@@ -6,55 +6,85 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::extract::{Path, Query, State};
-use axum::http::{HeaderValue, StatusCode};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
+use utoipa::{IntoParams, ToSchema};
 
 use super::App;
 use super::error::ApiError;
 use super::json::JsonBody;
+use super::openapi::{env_schema, filters_schema, metadata_schema};
 use crate::engine::CreateRequest;
 use crate::engine::identity::ItemView;
 use crate::engine::lifecycle::Timings;
 use crate::engine::sandbox::{OnTimeout, Origin, Sandbox, State as SandboxState};
 
 const DEFAULT_TIMEOUT_SECONDS: u64 = 300;
-const MAX_METADATA_ENTRIES: usize = 32;
-const MAX_METADATA_KEY: usize = 128;
-const MAX_METADATA_VALUE: usize = 1024;
+/// Labels a sandbox may have.
+pub const MAX_METADATA_ENTRIES: usize = 32;
+/// Characters of a label's name.
+pub const MAX_METADATA_KEY: usize = 128;
+/// Characters of a label's value.
+pub const MAX_METADATA_VALUE: usize = 1024;
 const PAGE_LIMIT: usize = 100;
 
-/// A sandbox as the API shows it.
-#[derive(Debug, Serialize)]
+/// A sandbox
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Sandbox)]
 pub struct SandboxView {
+    /// Its id
+    #[schema(pattern = "^[a-z0-9]{20}$")]
     id: String,
+    /// Its template
     template: String,
+    /// What it does now
     state: SandboxState,
+    /// Where its machine came from
     origin: Origin,
+    #[schema(schema_with = metadata_schema)]
     metadata: BTreeMap<String, String>,
+    /// When it was claimed
     #[serde(with = "time::serde::rfc3339")]
     created_at: OffsetDateTime,
+    /// When its time is up
     #[serde(with = "time::serde::rfc3339")]
     expires_at: OffsetDateTime,
+    /// Life time asked for
     timeout_seconds: u64,
+    /// What happens when it is over
     on_timeout: OnTimeout,
+    /// VMM that runs it
     vmm: String,
+    /// What makes it another machine than its siblings
     identity: IdentityView,
+    /// Phases of the request that made, resumed or paused it
+    #[schema(value_type = BTreeMap<String, f64>)]
     timings_ms: Timings,
+    /// When created, resumed or forked, and never again: lets its holder use this sandbox
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     access_token: Option<String>,
 }
 
-#[derive(Debug, Serialize)]
+/// An identity, and the guest's report on each part of it
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Identity)]
 struct IdentityView {
+    /// Host name
     hostname: String,
+    /// `/etc/machine-id`
     machine_id: String,
+    /// Hardware address of `eth0`
     mac: String,
+    /// `/proc/sys/kernel/random/boot_id`
     boot_id: String,
+    /// Name of this identity; new each time one is applied
     generation: String,
+    /// The report
     items: Vec<ItemView>,
 }
 
@@ -102,15 +132,24 @@ impl SandboxView {
     }
 }
 
-#[derive(Debug, Deserialize)]
+/// A sandbox to make
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = CreateSandbox)]
 pub struct CreateBody {
+    /// What to make it from
+    #[schema(example = "base")]
     template: String,
+    /// Life time; 300 when absent
+    #[schema(minimum = 1, maximum = 2_592_000)]
     timeout_seconds: Option<u64>,
     #[serde(default)]
+    #[schema(schema_with = metadata_schema)]
     metadata: BTreeMap<String, String>,
     #[serde(default)]
+    #[schema(schema_with = env_schema)]
     env: BTreeMap<String, String>,
+    /// What happens when the life time is over
     #[serde(default)]
     on_timeout: OnTimeout,
 }
@@ -134,15 +173,15 @@ fn check_metadata(metadata: &BTreeMap<String, String>) -> Result<(), ApiError> {
         return Err(ApiError::invalid(message));
     }
     for (key, value) in metadata {
-        if key.is_empty() || key.len() > MAX_METADATA_KEY {
+        if key.is_empty() || key.chars().count() > MAX_METADATA_KEY {
             let message =
-                format!("metadata: key {key:?} is not between 1 and {MAX_METADATA_KEY} bytes long");
+                format!("metadata: key {key:?} does not have 1 to {MAX_METADATA_KEY} characters");
             return Err(ApiError::invalid(message));
         }
-        if value.len() > MAX_METADATA_VALUE {
+        let length = value.chars().count();
+        if length > MAX_METADATA_VALUE {
             let message = format!(
-                "metadata.{key}: {} bytes, at most {MAX_METADATA_VALUE} are kept",
-                value.len()
+                "metadata.{key}: {length} characters, at most {MAX_METADATA_VALUE} are kept"
             );
             return Err(ApiError::invalid(message));
         }
@@ -164,7 +203,15 @@ pub fn check_env(env: &BTreeMap<String, String>) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// `POST /v1/sandboxes`
+/// Make a sandbox: from the pool, or restored while the request waits
+#[utoipa::path(post, path = "/sandboxes", tag = "sandboxes", operation_id = "create_sandbox",
+    request_body = CreateBody,
+    responses((status = 201, description = "The sandbox, with its token", body = SandboxView,
+            headers(("Server-Timing" = String, description = "Phases and their milliseconds"),
+                ("Location" = String, description = "Path of the sandbox"))),
+        (status = 404, description = "`template_not_found`"),
+        (status = 503, description = "`template_not_ready`, `restore_failed`, \
+            `identity_not_proven`")))]
 pub async fn create(
     State(app): State<App>,
     JsonBody(body): JsonBody<CreateBody>,
@@ -181,29 +228,48 @@ pub async fn create(
     };
     let created = app.engine.create(request).await?;
     let view = SandboxView::new(&created.sandbox, Some(created.access_token));
-    Ok(view.reply(StatusCode::CREATED))
+    let location = HeaderValue::from_str(&format!("/v1/sandboxes/{}", view.id));
+    let mut response = view.reply(StatusCode::CREATED);
+    if let Ok(location) = location {
+        response.headers_mut().insert(header::LOCATION, location);
+    }
+    Ok(response)
 }
 
-#[derive(Debug, Deserialize)]
+/// Which sandboxes
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub struct ListQuery {
+    /// Sandboxes on a page; 100 when absent
+    #[param(minimum = 1, maximum = 100)]
     limit: Option<usize>,
+    /// The page before this one said it
     next_token: Option<String>,
+    /// Only those of this template
     template: Option<String>,
+    /// Only those with these labels: `metadata.KEY=VALUE`, once for each
     #[serde(flatten)]
+    #[param(schema_with = filters_schema, style = Form, explode, required = false)]
     others: BTreeMap<String, String>,
 }
 
-#[derive(Debug, Serialize)]
-pub struct ListReply {
+/// A page of sandboxes
+#[derive(Debug, Serialize, ToSchema)]
+pub struct SandboxList {
+    /// Newest first
     items: Vec<SandboxView>,
+    /// To ask for the next page with; `null` on the last one
     next_token: Option<String>,
 }
 
-/// `GET /v1/sandboxes`: newest first; `limit`, `next_token`, `template`, `metadata.KEY` filter.
+/// List sandboxes, newest first
+#[utoipa::path(get, path = "/sandboxes", tag = "sandboxes", operation_id = "list_sandboxes",
+    params(ListQuery),
+    responses((status = 200, description = "A page of them", body = SandboxList)))]
 pub async fn list(
     State(app): State<App>,
     query: Result<Query<ListQuery>, axum::extract::rejection::QueryRejection>,
-) -> Result<Json<ListReply>, ApiError> {
+) -> Result<Json<SandboxList>, ApiError> {
     let Query(query) = query.map_err(|e| ApiError::malformed(e.body_text()))?;
     let limit = query.limit.unwrap_or(PAGE_LIMIT);
     if limit == 0 || limit > PAGE_LIMIT {
@@ -238,7 +304,7 @@ pub async fn list(
         }
         items.push(SandboxView::new(&sandbox, None));
     }
-    Ok(Json(ListReply { items, next_token }))
+    Ok(Json(SandboxList { items, next_token }))
 }
 
 fn token_of(last: &SandboxView) -> String {
@@ -257,7 +323,11 @@ fn parse_token(token: &str) -> Result<(std::cmp::Reverse<i128>, String), ApiErro
     })
 }
 
-/// `GET /v1/sandboxes/{id}`
+/// Show a sandbox
+#[utoipa::path(get, path = "/sandboxes/{id}", tag = "sandboxes", operation_id = "get_sandbox",
+    params(("id" = String, Path, description = "A sandbox", pattern = "^[a-z0-9]{20}$")),
+    responses((status = 200, description = "The sandbox", body = SandboxView),
+        (status = 404, description = "`sandbox_not_found`")))]
 pub async fn get(
     State(app): State<App>,
     Path(id): Path<String>,
@@ -265,7 +335,11 @@ pub async fn get(
     Ok(Json(SandboxView::new(&*app.engine.sandbox(&id)?, None)))
 }
 
-/// `DELETE /v1/sandboxes/{id}`
+/// Remove a sandbox and all it held
+#[utoipa::path(delete, path = "/sandboxes/{id}", tag = "sandboxes",
+    operation_id = "delete_sandbox", params(("id" = String, Path, description = "A sandbox", pattern = "^[a-z0-9]{20}$")),
+    responses((status = 204, description = "It is gone"),
+        (status = 404, description = "`sandbox_not_found`")))]
 pub async fn delete(
     State(app): State<App>,
     Path(id): Path<String>,
@@ -274,13 +348,22 @@ pub async fn delete(
     Ok(StatusCode::NO_CONTENT)
 }
 
-#[derive(Debug, Deserialize)]
+/// A life time
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = Timeout)]
 pub struct TimeoutBody {
+    /// Counted from now
+    #[schema(minimum = 1, maximum = 2_592_000)]
     timeout_seconds: u64,
 }
 
-/// `POST /v1/sandboxes/{id}/timeout`: the life time, counted from now.
+/// Set the life time, counted from now
+#[utoipa::path(post, path = "/sandboxes/{id}/timeout", tag = "sandboxes",
+    operation_id = "set_timeout", params(("id" = String, Path, description = "A sandbox", pattern = "^[a-z0-9]{20}$")),
+    request_body = TimeoutBody,
+    responses((status = 200, description = "The sandbox", body = SandboxView),
+        (status = 404, description = "`sandbox_not_found`")))]
 pub async fn set_timeout(
     State(app): State<App>,
     Path(id): Path<String>,

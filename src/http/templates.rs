@@ -5,36 +5,55 @@ use axum::extract::{Path, State};
 use serde::Serialize;
 use snapshotter::manifest::BootTimings;
 use time::OffsetDateTime;
+use utoipa::ToSchema;
 
 use super::App;
 use super::error::ApiError;
 use crate::engine::template::{Template, TemplateState};
 
-/// A template as the API shows it.
-#[derive(Debug, Serialize)]
+/// A template
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Template)]
 pub struct TemplateView {
+    /// Its name
     name: String,
+    /// How far it is
     state: TemplateState,
+    /// What is being done, in words
     message: String,
+    /// When it was asked for
     #[serde(with = "time::serde::rfc3339")]
     created_at: OffsetDateTime,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    /// Why it failed
     error: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    /// What sandboxes are restored from, once it is ready
     snapshot: Option<SnapshotView>,
 }
 
-#[derive(Debug, Serialize)]
+/// A published snapshot
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Snapshot)]
 struct SnapshotView {
+    /// Its id
     id: String,
+    /// Snapshot it stands on
     parent: Option<String>,
+    /// Processors of the machine
     vcpus: u32,
+    /// Memory of the machine
     memory_bytes: u64,
-    /// Apparent size of all files.
+    /// Apparent size of all files
     bytes: u64,
-    /// What they take on disk.
+    /// What they take on disk
     allocated_bytes: u64,
+    /// Guest image
     image: String,
+    /// Phases of its cold boot
+    #[schema(value_type = Option<std::collections::BTreeMap<String, f64>>)]
     boot_ms: Option<BootTimings>,
 }
 
@@ -65,19 +84,28 @@ impl TemplateView {
     }
 }
 
-#[derive(Debug, Serialize)]
-pub struct ListReply {
+/// Every template
+#[derive(Debug, Serialize, ToSchema)]
+pub struct TemplateList {
+    /// By name
     items: Vec<TemplateView>,
+    /// Always `null`: all of them are on this page
     next_token: Option<String>,
 }
 
-/// `GET /v1/templates`
-pub async fn list(State(app): State<App>) -> Json<ListReply> {
+/// List templates
+#[utoipa::path(get, path = "/templates", tag = "templates", operation_id = "list_templates",
+    responses((status = 200, description = "Every template", body = TemplateList)))]
+pub async fn list(State(app): State<App>) -> Json<TemplateList> {
     let items = app.engine.templates().iter().map(|t| TemplateView::new(t)).collect();
-    Json(ListReply { items, next_token: None })
+    Json(TemplateList { items, next_token: None })
 }
 
-/// `GET /v1/templates/{name}`
+/// Show a template
+#[utoipa::path(get, path = "/templates/{name}", tag = "templates", operation_id = "get_template",
+    params(("name" = String, Path, description = "Its name")),
+    responses((status = 200, description = "The template", body = TemplateView),
+        (status = 404, description = "`template_not_found`")))]
 pub async fn get(
     State(app): State<App>,
     Path(name): Path<String>,

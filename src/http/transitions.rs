@@ -4,23 +4,30 @@ use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use serde::Deserialize;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::App;
-use super::error::ApiError;
+use super::error::{ApiError, Refusal};
 use super::json::JsonBody;
 use super::sandboxes::{SandboxView, timeout};
 
 /// Clones per request.
 const MAX_CLONES: u32 = 100;
 
-/// A body that must be empty or an empty object.
-#[derive(Debug, Deserialize)]
+/// Nothing
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NoFields {}
 
-/// `POST /v1/sandboxes/{id}/pause`: to disk, memory freed.
+/// Put a sandbox to disk and free its memory
+#[utoipa::path(post, path = "/sandboxes/{id}/pause", tag = "sandboxes",
+    operation_id = "pause_sandbox", params(("id" = String, Path, description = "A sandbox", pattern = "^[a-z0-9]{20}$")),
+    request_body = Option<NoFields>,
+    responses((status = 200, description = "The sandbox, paused", body = SandboxView,
+            headers(("Server-Timing" = String, description = "Phases and their milliseconds"))),
+        (status = 404, description = "`sandbox_not_found`"),
+        (status = 409, description = "`wrong_state`")))]
 pub async fn pause(
     State(app): State<App>,
     Path(id): Path<String>,
@@ -30,13 +37,24 @@ pub async fn pause(
     Ok(SandboxView::new(&sandbox, None).reply(StatusCode::OK))
 }
 
-#[derive(Debug, Deserialize)]
+/// How a sandbox comes back
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = Resume)]
 pub struct ResumeBody {
+    /// Life time from now; as it was when absent
+    #[schema(minimum = 1, maximum = 2_592_000)]
     timeout_seconds: Option<u64>,
 }
 
-/// `POST /v1/sandboxes/{id}/resume`: back, same processes, new access token.
+/// Bring a paused sandbox back: the same processes, a new access token
+#[utoipa::path(post, path = "/sandboxes/{id}/resume", tag = "sandboxes",
+    operation_id = "resume_sandbox", params(("id" = String, Path, description = "A sandbox", pattern = "^[a-z0-9]{20}$")),
+    request_body = Option<ResumeBody>,
+    responses((status = 200, description = "The sandbox, with its token", body = SandboxView,
+            headers(("Server-Timing" = String, description = "Phases and their milliseconds"))),
+        (status = 404, description = "`sandbox_not_found`"),
+        (status = 409, description = "`wrong_state`")))]
 pub async fn resume(
     State(app): State<App>,
     Path(id): Path<String>,
@@ -47,9 +65,13 @@ pub async fn resume(
     Ok(SandboxView::new(&sandbox, Some(token)).reply(StatusCode::OK))
 }
 
-#[derive(Debug, Deserialize)]
+/// How many clones
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = Fork)]
 pub struct ForkBody {
+    /// Clones to make
+    #[schema(minimum = 1, maximum = 100)]
     #[serde(default = "one")]
     count: u32,
 }
@@ -58,7 +80,33 @@ fn one() -> u32 {
     1
 }
 
-/// `POST /v1/sandboxes/{id}/fork`: clones, each with an identity of its own or an error.
+/// The clones
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ForkReply {
+    /// As many as were asked for
+    items: Vec<ForkItem>,
+}
+
+/// A clone, or why it is missing
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+enum ForkItem {
+    /// A sandbox with an identity of its own
+    Made(Box<SandboxView>),
+    /// None
+    Failed {
+        /// Why
+        error: Refusal,
+    },
+}
+
+/// Clone a running sandbox
+#[utoipa::path(post, path = "/sandboxes/{id}/fork", tag = "sandboxes",
+    operation_id = "fork_sandbox", params(("id" = String, Path, description = "A sandbox", pattern = "^[a-z0-9]{20}$")),
+    request_body = Option<ForkBody>,
+    responses((status = 201, description = "The clones", body = ForkReply),
+        (status = 404, description = "`sandbox_not_found`"),
+        (status = 409, description = "`wrong_state`")))]
 pub async fn fork(
     State(app): State<App>,
     Path(id): Path<String>,
@@ -69,15 +117,15 @@ pub async fn fork(
         return Err(ApiError::invalid(message));
     }
     let clones = app.engine.fork(&id, body.count).await?;
-    let items: Vec<Value> = clones
+    let items = clones
         .into_iter()
         .map(|clone| match clone {
             Ok(created) => {
                 let view = SandboxView::new(&created.sandbox, Some(created.access_token));
-                serde_json::to_value(view).unwrap_or_default()
+                ForkItem::Made(Box::new(view))
             }
-            Err(e) => json!({"error": ApiError::from(e).as_part()}),
+            Err(e) => ForkItem::Failed { error: ApiError::from(e).into_part() },
         })
         .collect();
-    Ok((StatusCode::CREATED, Json(json!({"items": items}))).into_response())
+    Ok((StatusCode::CREATED, Json(ForkReply { items })).into_response())
 }

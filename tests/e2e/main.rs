@@ -21,6 +21,7 @@ mod identity;
 mod identity_first;
 mod identity_hooks;
 mod identity_verify;
+mod openapi;
 mod pause;
 mod refusals;
 mod restart;

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// Body of any answer with a status of 400 or above.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ErrorBody {
     /// One of [`codes`].
     pub error_code: String,

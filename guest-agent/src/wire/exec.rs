@@ -70,6 +70,7 @@ pub enum ExecInput {
 /// `started` comes first, then any number of output frames; exactly one `exit` or `error` ends it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub enum ExecFrame {
     /// The program runs.
     Started(Started),
@@ -94,6 +95,7 @@ impl ExecFrame {
 
 /// Body of [`ExecFrame::Started`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Started {
     /// Process id in the guest.
     pub pid: u32,
@@ -101,10 +103,12 @@ pub struct Started {
 
 /// Body of [`ExecFrame::Keepalive`].
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Keepalive {}
 
 /// How a program ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ExecExit {
     /// Exit code; 128 plus the signal's number when a signal ended it.
     pub code: i32,

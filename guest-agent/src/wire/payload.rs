@@ -38,6 +38,7 @@ impl<'de> Deserialize<'de> for Base64 {
 /// How a [`Chunk`]'s bytes are written down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub enum Encoding {
     /// `data` is the text itself.
     #[default]
@@ -48,6 +49,7 @@ pub enum Encoding {
 
 /// A piece of a command's output.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Chunk {
     /// The bytes, as `encoding` says.
     pub data: String,

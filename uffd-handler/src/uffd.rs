@@ -7,6 +7,7 @@
 //! that is gone or for a source that cannot be read.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
 use userfaultfd::Uffd;
@@ -102,14 +103,11 @@ impl FillStop {
     }
 }
 
-/// One message as the kernel writes it (`struct uffd_msg`, 32 bytes).
+/// Room for one message as the kernel writes it (`struct uffd_msg`, 32 bytes). Atomic, because it
+/// may lie in memory that another process reads once this one is dead.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub struct RawMessage {
-    event: u8,
-    reserved: [u8; 7],
-    arg: [u64; 3],
-}
+#[derive(Debug, Default)]
+pub struct MessageSlot([AtomicU64; 4]);
 
 /// A decoded message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,14 +130,15 @@ pub enum Message {
     Other(u8),
 }
 
-impl RawMessage {
+impl MessageSlot {
     /// Takes the message apart.
     pub fn decode(&self) -> Message {
-        match self.event {
+        let word = |i: usize| self.0[i].load(Ordering::Relaxed);
+        match word(0).to_le_bytes()[0] {
             EVENT_PAGEFAULT => {
-                Message::Fault { address: self.arg[1], write: self.arg[0] & FAULT_FLAG_WRITE != 0 }
+                Message::Fault { address: word(2), write: word(1) & FAULT_FLAG_WRITE != 0 }
             }
-            EVENT_REMOVE => Message::Remove { start: self.arg[0], end: self.arg[1] },
+            EVENT_REMOVE => Message::Remove { start: word(1), end: word(2) },
             other => Message::Other(other),
         }
     }
@@ -189,13 +188,14 @@ impl PageFd {
     }
 
     /// Reads as many messages as there are and fit. `Err(EAGAIN)` when there are none.
-    pub fn read(&self, messages: &mut [RawMessage]) -> Result<usize, Errno> {
-        // SAFETY: RawMessage is plain data of the kernel's layout, and the length is the slice's.
+    pub fn read(&self, slots: &[MessageSlot]) -> Result<usize, Errno> {
+        // SAFETY: slots have the kernel's layout and the length is the slice's; they are atomics
+        // throughout, so they may be written behind a shared reference.
         let got = unsafe {
-            let len = size_of_val(messages);
-            libc::read(self.0.as_raw_fd(), messages.as_mut_ptr().cast(), len)
+            let start = slots.as_ptr().cast_mut();
+            libc::read(self.0.as_raw_fd(), start.cast(), size_of_val(slots))
         };
-        Errno::result(got).map(|bytes| bytes as usize / size_of::<RawMessage>())
+        Errno::result(got).map(|bytes| bytes as usize / size_of::<MessageSlot>())
     }
 
     /// Whether the VMM asked to report the ranges it gives back.
@@ -247,6 +247,9 @@ mod tests {
         let page_fd = PageFd(uffd.unwrap());
         assert!(is_userfaultfd(page_fd.as_fd()));
         assert!(!page_fd.reports_removes());
-        assert_eq!(page_fd.read(&mut [RawMessage::default(); 2]), Err(Errno::EAGAIN));
+        assert_eq!(
+            page_fd.read(&[MessageSlot::default(), MessageSlot::default()]),
+            Err(Errno::EAGAIN)
+        );
     }
 }

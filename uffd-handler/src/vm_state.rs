@@ -5,6 +5,12 @@
 //! often what happened. Because of it a page server may be killed at any instruction: a page gets
 //! its saved contents once, and whoever finds it missing again gets zeros, since only the VMM can
 //! have taken it away.
+//!
+//! The kernel's messages are read into it too. A VMM that gives pages back goes on as soon as its
+//! message is taken out of the kernel's queue, which is inside of `read(2)`, before any instruction
+//! of the reader can note it. A message in private memory would die with its reader, and a page
+//! that was given back before it was ever in place would get its saved contents. Here it is found
+//! by the next page server. (A process that is killed inside of `read(2)` finishes that call.)
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -20,11 +26,17 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use thiserror::Error;
 
 use crate::bitmap::{Bitmap, SharedBitmap, words_for};
+use crate::region::RegionMap;
 use crate::stats::{COUNTERS, Counter, LATENCY_BUCKETS, Stats, latency_bucket};
+use crate::uffd::{Message, MessageSlot};
 
-const MAGIC: u64 = u64::from_le_bytes(*b"RTHWVS01");
+const MAGIC: u64 = u64::from_le_bytes(*b"RTHWVS02");
 /// Bytes before the bitmaps.
 const HEADER_BYTES: usize = 4096;
+/// Where the messages are in them.
+const MESSAGES_AT: usize = HEADER_BYTES - MESSAGES * size_of::<MessageSlot>();
+/// Messages that one read takes at most.
+pub const MESSAGES: usize = 64;
 const BITMAPS: usize = 3;
 
 /// Why there is no shared state.
@@ -132,6 +144,14 @@ impl VmState {
             .len(bytes_for(pages))
             .map_raw(&file)
             .map_err(|source| VmStateError::System { call: "mmap", source })?;
+        // SAFETY: the mapping is at least as long; locking changes nothing in it.
+        let locked = unsafe { libc::mlock(mapping.as_ptr().cast(), HEADER_BYTES) };
+        if locked != 0 {
+            // The kernel writes messages there: a page that has to come from swap first could make
+            // it fail in a process that is being killed, and only then.
+            let error = std::io::Error::last_os_error();
+            tracing::debug!(%error, "the header of a VM's shared state can be swapped out");
+        }
         Ok(Self { fd: file.into(), mapping, pages })
     }
 
@@ -144,10 +164,31 @@ impl VmState {
     }
 
     fn header(&self) -> &Header {
-        const { assert!(size_of::<Header>() <= HEADER_BYTES) };
+        const { assert!(size_of::<Header>() <= MESSAGES_AT) };
         // SAFETY: the mapping is at least this long, page aligned, lives as long as `self` and
         // cannot shrink; the header consists of atomics only, for which any bits are valid.
         unsafe { &*self.mapping.as_ptr().cast::<Header>() }
+    }
+
+    /// Where messages of the VM's userfaultfd are to be read to; by one thread only.
+    pub fn messages(&self) -> &[MessageSlot; MESSAGES] {
+        // SAFETY: as in `header`; the slots lie behind it in the same page, aligned, and consist of
+        // atomics only.
+        unsafe { &*self.mapping.as_ptr().add(MESSAGES_AT).cast() }
+    }
+
+    /// Notes what the VMM gave back according to these messages; returns how often it did.
+    pub fn note_removes(&self, messages: &[MessageSlot], regions: &RegionMap) -> u64 {
+        let mut count = 0;
+        for message in messages {
+            if let Message::Remove { start, end } = message.decode() {
+                for pages in regions.pages_in(start, end) {
+                    self.removed().set_range(pages);
+                }
+                count += 1;
+            }
+        }
+        count
     }
 
     fn bitmap(&self, index: usize) -> SharedBitmap<'_> {

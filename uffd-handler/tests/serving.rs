@@ -199,3 +199,40 @@ fn a_graduated_vm_needs_no_page_server() {
         page => oracle::template(7, page),
     });
 }
+
+#[test]
+fn a_vm_can_be_told_to_graduate_also_while_its_page_server_dies() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    oracle::write_memory(&dir.join("memory"), 7, 3000);
+    let supervisor = rig::supervisor(dir);
+    let events = supervisor.events();
+    for (name, killed) in [("quiet", false), ("killed", true)] {
+        let (vmm, handshake) = rig::start(&rig::setup(dir, name, &[1000, 2000]));
+        let plan = MemoryPlan::flat(dir.join("memory"), None);
+        supervisor.add_vm(name, handshake, &plan).unwrap();
+        let mut cpu = vmm.cpu();
+        cpu.run(&Command::Write { page: 17, value: 4 });
+        cpu.run(&Command::Remove { first: 200, count: 1 });
+        supervisor.graduate(name).unwrap();
+        if killed {
+            supervisor.replace_pager();
+        }
+        rig::eventually(rig::DEADLINE, || match events.try_recv() {
+            Ok(PagerEvent::Graduated { id }) => (id == name).then_some(()),
+            _ => None,
+        });
+        assert!(supervisor.is_graduated(name).unwrap());
+        supervisor.graduate(name).unwrap();
+        cpu.run(&Command::Dump { path: dir.join("dump") });
+        compare(&dir.join("dump"), |page| match page {
+            17 => oracle::written(4),
+            200 => [0; 4096],
+            page => oracle::template(7, page),
+        });
+        drop(vmm);
+        supervisor.remove_vm(name);
+    }
+    assert!(supervisor.graduate("nobody").is_err());
+    supervisor.shutdown();
+}

@@ -7,7 +7,7 @@ use crate::region::Region;
 use crate::source::LayerFiles;
 
 /// Changes whenever a message or the shared state changes its meaning.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Everything a page server has to know about a VM, beside its descriptors. These come in this
 /// order: userfaultfd, handshake socket (or pidfd), shared state, then the files of every layer
@@ -53,6 +53,11 @@ pub enum Request {
     AddVm(Registration),
     /// Stop serving a VM.
     RemoveVm {
+        /// Which.
+        id: String,
+    },
+    /// Put all of a VM's pages in place from now on.
+    Graduate {
         /// Which.
         id: String,
     },

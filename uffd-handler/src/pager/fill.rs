@@ -42,8 +42,13 @@ enum Purpose {
     Graduation,
 }
 
-/// Puts the working set in place, then graduates the VM if that is wanted.
+/// Puts the working set in place, then graduates the VM if that is wanted; whether it has.
 pub(super) fn fill(session: &Session) -> Result<bool, Unfilled> {
+    if session.state.is_graduated() {
+        // By a page server that may not have lived to say so.
+        session.state.set_prefetched();
+        return Ok(session.graduate_after_millis.is_some());
+    }
     let mut filler = Filler { session, buffer: Vec::new() };
     let replayed = filler.working_set();
     session.state.set_prefetched();
@@ -54,6 +59,14 @@ pub(super) fn fill(session: &Session) -> Result<bool, Unfilled> {
         return Err(Unfilled::Over);
     }
     filler.graduate()?;
+    Ok(true)
+}
+
+/// Graduates the VM, now, unless it has.
+pub(super) fn graduate(session: &Session) -> Result<bool, Unfilled> {
+    if !session.state.is_graduated() {
+        Filler { session, buffer: Vec::new() }.graduate()?;
+    }
     Ok(true)
 }
 
@@ -207,7 +220,7 @@ impl Filler<'_> {
             let len = removed.map_or(count, |page| page - first) * PAGE;
             if len == 0 {
                 // Given back: it reads as zeros when somebody asks. On to the one behind it.
-                return Ok(first + 1);
+                return Ok(first + self.step(first));
             }
             let fill = match source {
                 None => session.uffd.zeropage(address, len, false),
@@ -225,6 +238,11 @@ impl Filler<'_> {
             std::thread::sleep(Duration::from_micros(200));
         };
         self.outcome(first, fill, source.is_none(), purpose)
+    }
+
+    /// Pages of the memory file in one page of the VMM's mapping there.
+    fn step(&self, page: u64) -> u64 {
+        self.session.regions.region_of_page(page).map_or(1, |region| region.page_size / PAGE)
     }
 
     fn outcome(
@@ -250,8 +268,9 @@ impl Filler<'_> {
                 Ok(first + pages)
             }
             Some(FillStop::Exists) => {
-                state.present().set_range(first..first + 1);
-                Ok(first + 1)
+                let next = first + self.step(first);
+                state.present().set_range(first..next);
+                Ok(next)
             }
             Some(FillStop::VmGone) => Err(Unfilled::Over),
             Some(stop) => Err(Unfilled::Failed(format!("page {first}: {stop:?}"))),

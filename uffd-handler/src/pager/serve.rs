@@ -16,10 +16,9 @@ use super::session::{End, Session};
 use super::spin::{Spin, SpinPolicy};
 use crate::region::Unit;
 use crate::stats::Counter;
-use crate::uffd::{Message, RawMessage};
+use crate::uffd::Message;
+use crate::vm_state::MESSAGES;
 
-/// Messages per read.
-const BATCH: usize = 64;
 /// Faults that wait for a second attempt. One more is woken instead and asks again by itself.
 const MAX_PARKED: usize = 256;
 /// First and longest pause before faults that were put aside are tried again.
@@ -39,14 +38,12 @@ struct Parked {
 pub(super) fn serve(session: &Session, spin: SpinPolicy) -> End {
     let mut turn = Turn {
         session,
-        messages: [RawMessage::default(); BATCH],
         buffer: PageBuffer::new(session),
         parked: Vec::with_capacity(MAX_PARKED),
         pause: PARK_PAUSE,
         spin: Spin::new(spin),
         unhandled: 0,
     };
-    session.wake_all();
     loop {
         let end = match turn.work() {
             Ok(true) => None,
@@ -62,7 +59,6 @@ pub(super) fn serve(session: &Session, spin: SpinPolicy) -> End {
 
 struct Turn<'a> {
     session: &'a Session,
-    messages: [RawMessage; BATCH],
     buffer: PageBuffer,
     parked: Vec<Parked>,
     pause: Duration,
@@ -89,8 +85,8 @@ impl Turn<'_> {
                 return Err(End::Lost(error.to_string()));
             }
         }
-        for i in 0..count {
-            match self.messages[i].decode() {
+        for message in self.session.state.messages().iter().take(count) {
+            match message.decode() {
                 Message::Fault { address, write } => self.fault(address, write, read_at)?,
                 Message::Remove { .. } => {} // noted as it was read
                 Message::Other(event) => {
@@ -109,12 +105,12 @@ impl Turn<'_> {
         if self.parked.len() < before || self.parked.is_empty() {
             self.pause = PARK_PAUSE;
         }
-        Ok(count == BATCH)
+        Ok(count == MESSAGES)
     }
 
     fn read(&mut self) -> Result<usize, End> {
         self.session
-            .read(&mut self.messages)
+            .read()
             .map_err(|errno| End::Lost(format!("reading the userfaultfd: {}", errno.desc())))
     }
 
@@ -163,9 +159,9 @@ impl Turn<'_> {
     fn wait(&mut self) -> Option<End> {
         let session = self.session;
         if self.parked.is_empty() {
-            let (messages, unhandled) = (&mut self.messages, &mut self.unhandled);
+            let unhandled = &mut self.unhandled;
             // An error counts as something: the next turn meets and reports it.
-            let ready = self.spin.wait(|| match session.read(messages) {
+            let ready = self.spin.wait(|| match session.read() {
                 Ok(0) => false,
                 Ok(count) => {
                     *unhandled = count;

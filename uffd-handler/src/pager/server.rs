@@ -241,6 +241,11 @@ impl Server {
                 Some(_) => (Reply::Done, None),
                 None => failed(format!("no VM {id}")),
             },
+            Request::Graduate { id } => match self.vms.get_mut(&id).map(Vm::graduate) {
+                Some(Ok(())) => (Reply::Done, None),
+                Some(Err(error)) => failed(format!("thread: {error}")),
+                None => failed(format!("no VM {id}")),
+            },
             Request::List => {
                 let vms = self.vms.values();
                 let items = vms

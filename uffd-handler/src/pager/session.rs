@@ -12,7 +12,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::region::RegionMap;
 use crate::source::MemoryLayers;
-use crate::uffd::{Message, PageFd, RawMessage};
+use crate::uffd::PageFd;
 use crate::vm_state::VmState;
 use crate::working_set::WorkingSet;
 use crate::{fdpass, stats::Counter};
@@ -90,28 +90,30 @@ impl Session {
         self.reports_removes.then(|| self.install.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Reads messages; ranges given back are noted before anything else can happen.
-    pub(super) fn read(&self, messages: &mut [RawMessage]) -> Result<usize, Errno> {
+    /// Reads messages into the shared state; ranges given back are noted before anything else can
+    /// happen. For the fault thread only.
+    pub(super) fn read(&self) -> Result<usize, Errno> {
         let _lock = self.install_lock();
+        let messages = self.state.messages();
         let count = match self.uffd.read(messages) {
             Ok(count) => count,
             Err(Errno::EAGAIN | Errno::EINTR) => 0,
             Err(errno) => return Err(errno),
         };
-        for message in &messages[..count] {
-            if let Message::Remove { start, end } = message.decode() {
-                for pages in self.regions.pages_in(start, end) {
-                    self.state.removed().set_range(pages);
-                }
-                self.state.count(Counter::Removes, 1);
-            }
-        }
+        let removes = self.state.note_removes(&messages[..count], &self.regions);
+        self.state.count(Counter::Removes, removes);
         Ok(count)
     }
 
-    /// Wakes whoever waits for any page: after a takeover the last page server may have read their
-    /// messages without answering, and they ask again.
-    pub(super) fn wake_all(&self) {
+    /// Does again what a page server did with the last messages it read, should it have died over
+    /// them: notes what was given back (nothing changes if that was done), and wakes whoever waits
+    /// for any page, so that they ask again. Before anything is put in place.
+    pub(super) fn take_over(&self) {
+        self.state.note_removes(self.state.messages(), &self.regions);
+        self.wake_all();
+    }
+
+    fn wake_all(&self) {
         for region in self.regions.regions() {
             if let Err(error) = self.uffd.wake(region.base, region.size) {
                 tracing::debug!(vm = self.id, %error, "waking a whole region");

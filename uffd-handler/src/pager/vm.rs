@@ -61,6 +61,8 @@ pub(super) struct Vm {
     /// As they came, to give back to a service that starts anew.
     pub(super) fds: Vec<OwnedFd>,
     pub(super) lost: Option<String>,
+    session: Arc<Session>,
+    reports: Sender<Report>,
     /// Dropping it ends the threads.
     _stop: PipeWriter,
 }
@@ -79,34 +81,60 @@ impl Vm {
         let session = Arc::new(open_session(&registration, &fds, cache, stop)?);
         if session.state.begin_service() {
             tracing::info!(vm = registration.id, "taken over");
+            session.take_over();
         }
-        let start = |name: &str, work: Box<dyn FnOnce() + Send>| {
-            std::thread::Builder::new().name(name.into()).stack_size(STACK_BYTES).spawn(work)
+        let vm = Self {
+            serial,
+            registration,
+            fds,
+            lost: None,
+            session,
+            reports: reports.clone(),
+            _stop: stop_writer,
         };
-        let report = {
-            let (id, reports) = (registration.id.clone(), reports.clone());
-            move |what| {
-                // Fails when the main thread has ended, and the process with it.
-                let _ = reports.send(Report { id: id.clone(), serial, what });
-            }
-        };
-        let (vm, tell) = (session.clone(), report.clone());
-        start("faults", Box::new(move || tell(What::End(serve::serve(&vm, spin)))))?;
-        if session.working_set.is_some() || session.graduate_after_millis.is_some() {
-            start(
-                "fill",
-                Box::new(move || match fill::fill(&session) {
-                    Ok(true) => report(What::Graduated),
-                    Ok(false) | Err(Unfilled::Over) => {}
-                    Err(Unfilled::Failed(reason)) => {
-                        tracing::warn!(vm = session.id, reason, "not all pages put in place");
-                    }
-                }),
-            )?;
+        let session = vm.session.clone();
+        vm.start("faults", move |report| report(What::End(serve::serve(&session, spin))))?;
+        if vm.session.working_set.is_some() || vm.session.graduate_after_millis.is_some() {
+            vm.start_filling(fill::fill)?;
         } else {
-            session.state.set_prefetched();
+            vm.session.state.set_prefetched();
         }
-        Ok(Self { serial, registration, fds, lost: None, _stop: stop_writer })
+        Ok(vm)
+    }
+
+    /// Puts all pages in place, starting now.
+    pub(super) fn graduate(&mut self) -> std::io::Result<()> {
+        self.registration.graduate_after_millis = Some(0);
+        self.start_filling(fill::graduate)
+    }
+
+    fn start_filling(
+        &self,
+        work: impl FnOnce(&Session) -> Result<bool, Unfilled> + Send + 'static,
+    ) -> std::io::Result<()> {
+        let session = self.session.clone();
+        self.start("fill", move |report| match work(&session) {
+            Ok(true) => report(What::Graduated),
+            Ok(false) | Err(Unfilled::Over) => {}
+            Err(Unfilled::Failed(reason)) => {
+                tracing::warn!(vm = session.id, reason, "not all pages put in place");
+            }
+        })
+    }
+
+    /// Starts one of the VM's threads, which is given a way to report.
+    fn start(
+        &self,
+        name: &str,
+        work: impl FnOnce(&dyn Fn(What)) + Send + 'static,
+    ) -> std::io::Result<()> {
+        let (id, serial, reports) = (self.session.id.clone(), self.serial, self.reports.clone());
+        let report = move |what| {
+            // Fails when the main thread has ended, and the process with it.
+            let _ = reports.send(Report { id: id.clone(), serial, what });
+        };
+        let thread = std::thread::Builder::new().name(name.into()).stack_size(STACK_BYTES);
+        thread.spawn(move || work(&report)).map(drop)
     }
 }
 
@@ -143,8 +171,6 @@ fn open_session(
         }
         None => None,
     };
-    // A VM that graduated under another page server has nothing left to put in place.
-    let graduate = registration.graduate_after_millis.filter(|_| !state.is_graduated());
     Ok(Session::new(
         registration.id.clone(),
         PageFd::new(fd),
@@ -153,7 +179,7 @@ fn open_session(
         state,
         MemoryLayers::new(layers)?,
         working_set,
-        graduate,
+        registration.graduate_after_millis,
         stop,
     ))
 }

@@ -242,6 +242,29 @@ impl Supervisor {
         }
     }
 
+    /// Has all pages of a VM put in place in the background, after which it needs no page server any
+    /// more: [`PagerEvent::Graduated`] says when. Right for a VM that lives long; every page costs
+    /// memory.
+    pub fn graduate(&self, id: &str) -> Result<(), UnknownVm> {
+        let sent = {
+            let mut table = self.shared.table();
+            if !table.graduate(id) {
+                return Err(UnknownVm(id.into()));
+            }
+            self.shared.send(Request::Graduate { id: id.into() }, &[])
+        };
+        // A page server that is gone: the next one finds it in the registration.
+        let end = Instant::now() + self.shared.config.deadline;
+        match sent.and_then(|reply| reply.wait(end)) {
+            Ok((Reply::Failed { message }, _)) => {
+                tracing::warn!(vm = id, message, "graduating");
+            }
+            Ok(_) => {}
+            Err(error) => tracing::debug!(vm = id, %error, "graduating"),
+        }
+        Ok(())
+    }
+
     /// VMs being served, lost ones included.
     pub fn vms(&self) -> Vec<String> {
         self.shared.table().ids()

@@ -185,7 +185,12 @@ impl Shared {
                 self.table().set_lost(&id, &reason);
                 PagerEvent::VmLost { id, reason }
             }
-            Event::Graduated { id } => PagerEvent::Graduated { id },
+            Event::Graduated { id } => {
+                if !self.table().set_graduated(&id) {
+                    return;
+                }
+                PagerEvent::Graduated { id }
+            }
         };
         self.publish(&event);
     }
@@ -292,7 +297,8 @@ fn adopt(
                 if let Some(reason) = &lost {
                     running.events.push(Event::VmLost { id: id.clone(), reason: reason.clone() });
                 }
-                table.insert(Entry { registration, fds, state: Arc::new(state), lost });
+                let graduated = state.is_graduated();
+                table.insert(Entry { registration, fds, state: Arc::new(state), lost, graduated });
             }
             // It may have ended since it was listed.
             (Reply::Failed { message }, _) => tracing::info!(vm = id, message, "not adopted"),

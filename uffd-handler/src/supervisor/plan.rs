@@ -94,7 +94,7 @@ pub(super) fn prepare(
         working_set,
         graduate_after_millis: plan.graduate_after.map(|after| after.as_millis() as u64),
     };
-    let entry = Entry { registration, fds, state: Arc::new(state), lost: None };
+    let entry = Entry { registration, fds, state: Arc::new(state), lost: None, graduated: false };
     if let Some(dir) = state_dir {
         recovery::record(dir, &entry)
             .map_err(|source| PlanError::Open { path: dir.to_path_buf(), source })?;

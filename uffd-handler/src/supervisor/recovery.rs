@@ -128,7 +128,8 @@ fn rebuild(record: Record, vmm: OwnedFd, state: &Path) -> Result<Entry, String> 
         fingerprint.check(&file, path).map_err(|error| error.to_string())?;
         fds.push(file.into());
     }
-    Ok(Entry { registration, fds, state: Arc::new(state), lost: None })
+    let graduated = state.is_graduated();
+    Ok(Entry { registration, fds, state: Arc::new(state), lost: None, graduated })
 }
 
 /// Copies the one userfaultfd out of the VMM.

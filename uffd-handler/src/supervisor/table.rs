@@ -18,6 +18,8 @@ pub(super) struct Entry {
     pub(super) state: Arc<VmState>,
     /// Why it is not served any more.
     pub(super) lost: Option<String>,
+    /// It was told that all pages are in place.
+    pub(super) graduated: bool,
 }
 
 #[derive(Debug, Default)]
@@ -59,6 +61,27 @@ impl Table {
 
     pub(super) fn state(&self, id: &str) -> Option<Arc<VmState>> {
         self.vms.get(id).map(|entry| entry.state.clone())
+    }
+
+    /// Notes that a VM is to have all its pages put in place, by the next page server too; false
+    /// when there is no such VM.
+    pub(super) fn graduate(&mut self, id: &str) -> bool {
+        let Some(entry) = self.vms.get_mut(id) else { return false };
+        entry.registration.graduate_after_millis = Some(0);
+        if let Some(dir) = &self.state_dir
+            && let Err(error) = recovery::record(dir, entry)
+        {
+            // Only a service and a page server that die both now would forget it.
+            tracing::warn!(vm = id, %error, "noting that a VM graduates");
+        }
+        true
+    }
+
+    /// Notes that all pages of a VM are in place; false when that is no news: page servers one after
+    /// another may say so.
+    pub(super) fn set_graduated(&mut self, id: &str) -> bool {
+        let entry = self.vms.get_mut(id);
+        entry.is_some_and(|entry| !std::mem::replace(&mut entry.graduated, true))
     }
 
     pub(super) fn lost(&self, id: &str) -> Option<String> {

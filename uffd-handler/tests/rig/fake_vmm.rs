@@ -26,6 +26,8 @@ pub struct Setup {
     pub commands: PathBuf,
     /// Pages of each region.
     pub regions: Vec<u64>,
+    /// On pages of 2 MiB.
+    pub huge: bool,
     /// Shared memory, as QEMU has it, or private, as Firecracker has it.
     pub shared: bool,
     /// Report ranges given back.
@@ -111,15 +113,17 @@ fn run(setup: &Setup) {
     for pages in &setup.regions {
         let len = *pages as usize * PAGE;
         let kind = if setup.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
-        let flags = kind | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let huge = if setup.huge { libc::MAP_HUGETLB | libc::MAP_HUGE_2MB } else { 0 };
+        let flags = kind | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | huge;
         let access = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping, wherever there is room.
         let base = unsafe { libc::mmap(std::ptr::null_mut(), len, access, flags, -1, 0) };
         assert_ne!(base, libc::MAP_FAILED);
         uffd.register(base, len).unwrap();
+        let page_size = if setup.huge { 2 << 20 } else { 4096 };
         wire.push(serde_json::json!({
             "base_host_virt_addr": base as u64, "size": len, "offset": offset,
-            "page_size": 4096, "page_size_kib": 4096,
+            "page_size": page_size, "page_size_kib": page_size,
         }));
         regions.push((base as usize, *pages));
         offset += len;

@@ -118,6 +118,14 @@ impl Home {
         entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect()
     }
 
+    /// Ids of the snapshots that belong to a sandbox.
+    pub fn workspaces(&self) -> Vec<String> {
+        let golden = golden_snapshots(&self.path);
+        let dirs = std::fs::read_dir(self.path.join("snapshots")).unwrap().flatten();
+        let paths = dirs.map(|entry| entry.path()).filter(|path| !golden.contains(path));
+        paths.map(|path| path.file_name().unwrap().to_string_lossy().into_owned()).collect()
+    }
+
     /// Mounts below this home.
     pub fn mounts(&self) -> Vec<String> {
         let text = std::fs::read_to_string("/proc/self/mounts").unwrap();

@@ -26,3 +26,4 @@ mod pause;
 mod refusals;
 mod restart;
 mod sandboxes;
+mod soak;

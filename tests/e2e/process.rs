@@ -16,7 +16,8 @@ pub struct Process {
 }
 
 impl Process {
-    fn read(pid: i32) -> Option<Self> {
+    /// The process with this id, if it runs.
+    pub fn read(pid: i32) -> Option<Self> {
         let dir = PathBuf::from(format!("/proc/{pid}"));
         let stat = std::fs::read_to_string(dir.join("stat")).ok()?;
         // A zombie has ended; only its parent does not know yet.

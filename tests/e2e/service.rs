@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::client::{Client, DEADLINE, Reply};
 use crate::home::Home;
+use crate::process::Process;
 
 const STEP: Duration = Duration::from_millis(20);
 
@@ -98,6 +99,11 @@ impl Service {
     pub fn key(&self) -> String {
         let key = std::fs::read_to_string(self.home.path().join("api-key")).unwrap();
         key.trim().to_owned()
+    }
+
+    /// The service itself, as a process.
+    pub fn process(&self) -> Process {
+        Process::read(self.child.id().cast_signed()).expect("the service runs")
     }
 
     fn log(&self) -> String {

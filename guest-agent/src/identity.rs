@@ -30,7 +30,7 @@ use crate::server::ApiError;
 use crate::wire::{AgentState, IdentityReport, IdentityRequest, codes};
 use proof::{Context, Run};
 
-/// Present where a template may be told to fail an item, for testing what happens then.
+/// Names the item that is to fail here, for testing what happens then; in no ordinary template.
 const FAULT_INJECTION: &str = "/etc/rethaw/fault-injection";
 
 fn invalid(message: impl Into<String>) -> ApiError {
@@ -51,12 +51,13 @@ pub async fn apply(
         let text = format!("a machine that is {:?} takes no identity", agent.state());
         return Err(ApiError::new(409, codes::WRONG_STATE, text));
     }
-    check(agent, &request)?;
+    check(&request)?;
     let wanted_network = network::Wanted::parse(&request).map_err(invalid)?;
     let host = HostTime::new(request.wall_clock_unix_nanos, received)?;
     // Until every item is proven the machine counts as failed, whatever interrupts this.
     agent.distrust();
-    let context = Context { agent, request: &request, host };
+    let fault = fault(agent);
+    let context = Context { agent, request: &request, host, fault: &fault };
     let mut run = Run::default();
     run.item(entropy::Entropy::default(), &context).await;
     run.item(clock::Clock, &context).await;
@@ -93,6 +94,7 @@ pub fn prepare(agent: &Agent) -> Result<(), ApiError> {
     }
     // What is looked for and not found is remembered by the kernel, and so by the snapshot.
     ssh_host_keys::in_template(agent);
+    fault(agent);
     prepare_copy(agent);
     machine_id::prepare(agent).map_err(|e| ApiError::internal(e.to_string()))?;
     generation::prepare(agent).map_err(|e| ApiError::internal(e.to_string()))?;
@@ -118,7 +120,7 @@ fn is_hostname(text: &str) -> bool {
 }
 
 /// Refuses a request that is malformed, before anything is changed.
-fn check(agent: &Agent, request: &IdentityRequest) -> Result<(), ApiError> {
+fn check(request: &IdentityRequest) -> Result<(), ApiError> {
     if !is_uuid(&request.generation) {
         return Err(invalid(format!("generation {:?} is no lower-case UUID", request.generation)));
     }
@@ -136,10 +138,13 @@ fn check(agent: &Agent, request: &IdentityRequest) -> Result<(), ApiError> {
     }
     crate::entropy::check(&request.entropy.0).map_err(|e| invalid(e.to_string()))?;
     crate::exec::check_env(&request.env)?;
-    if request.fail_item.is_some() && !agent.path(FAULT_INJECTION).exists() {
-        return Err(invalid("fail_item: this template was not built for fault injection"));
-    }
     Ok(())
+}
+
+/// The item that is to fail; empty where none is.
+fn fault(agent: &Agent) -> String {
+    let named = std::fs::read_to_string(agent.path(FAULT_INJECTION)).unwrap_or_default();
+    named.trim().to_owned()
 }
 
 #[cfg(test)]

@@ -49,7 +49,6 @@ impl Machine {
         put("etc/machine-id", "0123456789abcdef0123456789abcdef\n");
         put("var/lib/dbus/machine-id", "0123456789abcdef0123456789abcdef\n");
         put("var/lib/systemd/random-seed", "seed");
-        put("etc/rethaw/fault-injection", "");
         // As in a guest, where it is in memory.
         let run = root.path().join("run");
         mount(Some("none"), &run, Some("tmpfs"), MsFlags::empty(), none).unwrap();
@@ -273,8 +272,9 @@ fn each_item_that_fails_leaves_a_machine_that_does_nothing() {
             let client = machine.agent().await;
             let ticks = machine.path("tmp-ticks");
             ticker(&client, &ticks).await;
+            fs::write(machine.path("etc/rethaw/fault-injection"), format!("{item}\n")).unwrap();
             client.settle(&SettleRequest::default(), SOON).await.unwrap();
-            let request = IdentityRequest { fail_item: Some(item.into()), ..identity(7) };
+            let request = identity(7);
             let report = client.identity(&request, SOON).await.unwrap();
             if item == "sockets"
                 && report.items.iter().any(|i| i.item == item && i.skipped.is_some())
@@ -296,19 +296,6 @@ fn each_item_that_fails_leaves_a_machine_that_does_nothing() {
             assert_eq!(client.health(SOON).await.unwrap().state, AgentState::IdentityFailed);
         });
     }
-}
-
-#[test]
-fn faults_are_not_injected_into_other_templates() {
-    on_machine(|machine| async move {
-        fs::remove_file(machine.path("etc/rethaw/fault-injection")).unwrap();
-        let client = machine.agent().await;
-        client.settle(&SettleRequest::default(), SOON).await.unwrap();
-        let request = IdentityRequest { fail_item: Some("clock".into()), ..identity(1) };
-        assert_eq!(code(client.identity(&request, SOON).await), (400, "invalid_request".into()));
-        let report = client.identity(&identity(1), SOON).await.unwrap();
-        report.prove(&identity(1)).unwrap();
-    });
 }
 
 #[test]
@@ -421,8 +408,8 @@ fn an_agent_that_is_started_again_knows_where_it_was() {
         assert_eq!(health.generation, Some(request.generation));
 
         successor.settle(&SettleRequest::default(), SOON).await.unwrap();
-        let request = IdentityRequest { fail_item: Some("token".into()), ..identity(5) };
-        successor.identity(&request, SOON).await.unwrap();
+        fs::write(machine.path("etc/rethaw/fault-injection"), "token").unwrap();
+        successor.identity(&identity(5), SOON).await.unwrap();
         let health = machine.agent().await.health(SOON).await.unwrap();
         assert_eq!((health.state, health.generation), (AgentState::IdentityFailed, None));
     });

@@ -18,6 +18,7 @@ mod exec;
 mod files;
 mod fork;
 mod identity;
+mod identity_faults;
 mod identity_first;
 mod identity_hooks;
 mod identity_verify;

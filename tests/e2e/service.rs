@@ -106,7 +106,7 @@ impl Service {
         Process::read(self.child.id().cast_signed()).expect("the service runs")
     }
 
-    fn log(&self) -> String {
+    pub fn log(&self) -> String {
         let path = self.home.path().join(format!("service-{}.log", self.starts));
         std::fs::read_to_string(path).unwrap_or_default()
     }

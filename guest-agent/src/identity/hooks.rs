@@ -1,6 +1,6 @@
 //! The template's own hooks, `/etc/rethaw/restore.d/*`, in the order of their names. They run as
 //! root while the workload is still frozen, and see the new identity in their environment; each
-//! must end with 0 within the time given.
+//! must end with 0 within its time.
 
 use super::proof::{Context, Item, ItemError, Reading};
 use super::ready;
@@ -12,6 +12,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 const DIR: &str = "/etc/rethaw/restore.d";
+/// Time for one hook: one that hangs is found, and named, before the others have no time left.
+const EACH: Duration = Duration::from_secs(5);
 /// Time for all hooks together when the request does not say.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// Of a hook that failed, this much of its output is told.
@@ -88,7 +90,7 @@ impl Item for Hooks {
         let env = environment(context);
         for hook in &self.hooks {
             let name = hook.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let left = until.saturating_duration_since(Instant::now());
+            let left = until.saturating_duration_since(Instant::now()).min(EACH);
             let path = hook.to_string_lossy();
             let output = tool::run(&[&path], &env, left).await;
             let output = output.map_err(ItemError::io(format!("hook {name}")))?;

@@ -20,6 +20,8 @@ pub struct Context<'a> {
     pub request: &'a IdentityRequest,
     /// The host's clock.
     pub host: HostTime,
+    /// Name of an item that is made to fail, really; empty for none.
+    pub fault: &'a str,
 }
 
 /// Why an item failed.
@@ -185,7 +187,7 @@ async fn attempt(
     context: &Context<'_>,
 ) -> Result<Verified, ((String, String), ItemError)> {
     let old = item.read(context).map_err(|e| (Default::default(), e))?;
-    let applied = if context.request.fail_item.as_deref() == Some(item.name()) {
+    let applied = if context.fault == item.name() {
         Err(ItemError::Injected)
     } else {
         item.apply(context).await

@@ -49,9 +49,6 @@ pub struct IdentityRequest {
     /// Longest time for all hooks together.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hooks_timeout_seconds: Option<f64>,
-    /// Make this item fail, really. Refused unless the template was built for it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub fail_item: Option<String>,
     /// Passed to the hooks as `RETHAW_<KEY>`.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub extra: BTreeMap<String, String>,

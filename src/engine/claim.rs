@@ -226,6 +226,7 @@ impl Engine {
             timings_ms: timings,
             restored_from: source.snapshot.clone(),
             paused_in: None,
+            key: None,
         };
         // Before the caller hears of it: a service killed from here on knows whose VM this is.
         if let Err(e) = self.context.db.vm_claimed(&vm.id, &data, &vm.identity).await {

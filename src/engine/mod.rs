@@ -16,6 +16,7 @@ pub mod db;
 mod fork;
 pub mod identity;
 pub mod ids;
+pub mod keyring;
 pub mod lifecycle;
 mod lint;
 mod parked;
@@ -24,6 +25,7 @@ mod pool;
 mod recover;
 pub mod sandbox;
 mod spare;
+pub mod state;
 pub mod template;
 mod ttl;
 mod workspace;
@@ -43,11 +45,13 @@ use uffd_handler::supervisor::Supervisor;
 
 pub use claim::{CreateError, CreateRequest};
 use db::{Db, DbError};
+use keyring::Keyring;
 use lifecycle::RestoreContext;
 pub use pause::TransitionError;
 use pool::Pool;
 pub use pool::PoolNumbers;
 use sandbox::{Sandbox, State};
+use state::Event;
 use template::Template;
 
 use crate::failpoint;
@@ -68,6 +72,8 @@ pub struct EngineConfig {
     pub default_pool_target: u32,
     /// The longest life time a sandbox may ask for.
     pub max_timeout: Duration,
+    /// Whether paused workspaces are encrypted, each with a key of its own.
+    pub encrypt_workspaces: bool,
 }
 
 /// Where VM directories are.
@@ -140,6 +146,7 @@ impl Engine {
         config: EngineConfig,
         driver: Arc<dyn Driver>,
         pager: Arc<Supervisor>,
+        keys: Arc<Keyring>,
     ) -> Result<Arc<Self>, StartError> {
         let dir = |path: &Path| {
             let path = path.to_owned();
@@ -150,7 +157,7 @@ impl Engine {
         std::fs::create_dir_all(&run).map_err(dir(&run))?;
         let db = Db::open(&config.home.join("state.db"))?;
         let engine = Arc::new(Self {
-            context: RestoreContext { driver, db, run },
+            context: RestoreContext { driver, db, run, keys },
             config,
             store,
             pager,
@@ -273,19 +280,19 @@ impl Engine {
         found.ok_or_else(|| SandboxError::NotFound(id.to_owned()))
     }
 
-    /// Changes when a sandbox's time is up, counted from now.
+    /// Changes when a running sandbox's time is up, counted from now. A paused one has no end to
+    /// change.
     pub async fn set_timeout(&self, id: &str, timeout: Duration) -> Result<(), SandboxError> {
         let sandbox = self.sandbox(id)?;
+        // A transition under way writes the same row, and may end in another state.
+        let _transition = sandbox.machine.lock().await;
+        sandbox.expect(State::Running, "timeout")?;
         let expires_at = time::OffsetDateTime::now_utc() + timeout;
         let data = sandbox.update(|d| {
             d.timeout_seconds = timeout.as_secs();
             d.expires_at = expires_at;
         });
-        let stage = match sandbox.state() {
-            State::Paused | State::Resuming => db::Stage::Paused,
-            _ => db::Stage::Claimed,
-        };
-        self.context.db.vm_sandbox(id, stage, &data).await?;
+        self.context.db.vm_sandbox(id, db::Stage::Claimed, &data).await?;
         self.expiries.set(id, Instant::now() + timeout);
         Ok(())
     }
@@ -309,16 +316,18 @@ impl Engine {
     ) -> Result<(), SandboxError> {
         let id = sandbox.data().id;
         let mut machine = sandbox.machine.lock().await;
-        if sandbox.state() == State::Deleting {
-            return Err(SandboxError::NotFound(id));
-        }
-        sandbox.set_state(State::Deleting);
+        sandbox.apply(Event::Delete)?;
         sandbox.set_agent(None);
         failpoint::reached("delete.begun").await;
         if let Some(machine) = machine.take() {
             machine.destroy().await;
         }
         failpoint::reached("delete.killed").await;
+        // Before anything else of what is on disk: without it, the rest is noise.
+        if let Some(key) = sandbox.data().key {
+            self.destroy_key(&key);
+        }
+        failpoint::reached("delete.key_destroyed").await;
         self.expiries.clear(&id);
         self.sandboxes.remove(&id);
         self.context.db.vm_gone(&id).await?;

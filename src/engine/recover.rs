@@ -33,17 +33,33 @@ impl Engine {
                         known.insert(id);
                     }
                 }
-                Stage::Paused => {
-                    if let (Some(data), Some(identity)) = (row.sandbox, row.identity) {
-                        let sandbox = Arc::new(Sandbox::paused(data, identity));
-                        self.sandboxes.insert(row.id, sandbox);
-                    }
-                }
+                Stage::Paused => self.list_paused(row).await?,
                 // Nobody was promised these: they are cheaper to make again than to trust.
                 Stage::Starting | Stage::Parked => self.remove_leftover(&row).await?,
             }
         }
         self.sweep(&known).await
+    }
+
+    /// Shows a paused sandbox again; its VM may still be there when the service was killed before it
+    /// had killed that, or while it brought the sandbox back.
+    async fn list_paused(&self, row: VmRow) -> Result<(), DbError> {
+        if let Some(record) = &row.record {
+            kill_if_same(record.process).await;
+            drop(RunDir::adopt(record.run_dir.clone()));
+        }
+        self.pager.remove_vm(&row.id);
+        let (Some(data), Some(identity)) = (row.sandbox, row.identity) else {
+            tracing::error!(sandbox = %row.id, "its record is incomplete");
+            return self.context.db.vm_gone(&row.id).await;
+        };
+        // Its removal was under way: the key goes first.
+        if data.key.as_ref().is_some_and(|key| !self.context.keys.exists(key)) {
+            tracing::info!(sandbox = %row.id, "its key is destroyed: removing the rest");
+            return self.context.db.vm_gone(&row.id).await;
+        }
+        self.sandboxes.insert(row.id, Arc::new(Sandbox::paused(data, identity)));
+        Ok(())
     }
 
     /// Reconnects to a claimed sandbox's VM; one that does not answer is removed.

@@ -9,8 +9,11 @@ use time::OffsetDateTime;
 use tokio::sync::Mutex;
 use utoipa::ToSchema;
 
+use super::SandboxError;
 use super::db::StoredIdentity;
 use super::lifecycle::{Machine, Timings};
+use super::state::Event;
+pub use super::state::State;
 
 /// Where the machine came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -49,36 +52,6 @@ pub enum OnTimeout {
     Pause,
 }
 
-/// The states a user sees.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-#[schema(as = SandboxState)]
-pub enum State {
-    /// Commands run.
-    Running,
-    /// On its way to disk.
-    Pausing,
-    /// On disk, memory freed.
-    Paused,
-    /// On its way back.
-    Resuming,
-    /// Being removed.
-    Deleting,
-}
-
-impl State {
-    /// Its name in the API.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Running => "running",
-            Self::Pausing => "pausing",
-            Self::Paused => "paused",
-            Self::Resuming => "resuming",
-            Self::Deleting => "deleting",
-        }
-    }
-}
-
 /// What is stored of a sandbox.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SandboxData {
@@ -114,6 +87,9 @@ pub struct SandboxData {
     /// Snapshot it is paused in.
     #[serde(default)]
     pub paused_in: Option<String>,
+    /// Name of the key that its snapshots are encrypted with, from its first pause on.
+    #[serde(default)]
+    pub key: Option<String>,
 }
 
 /// A sandbox.
@@ -182,8 +158,45 @@ impl Sandbox {
         read(&self.state)
     }
 
-    pub(super) fn set_state(&self, state: State) {
-        write(&self.state, state);
+    /// Changes the state as [`State::after`] has it; what the table does not have is refused.
+    pub(super) fn apply(&self, event: Event) -> Result<State, SandboxError> {
+        let mut state = self.state.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        match state.after(event) {
+            Some(next) => {
+                *state = next;
+                Ok(next)
+            }
+            None => {
+                let was = *state;
+                drop(state);
+                Err(self.wrong_state(was, event))
+            }
+        }
+    }
+
+    /// Refuses what needs another state than the present one.
+    pub(super) fn expect(&self, wanted: State, action: &'static str) -> Result<(), SandboxError> {
+        let (id, state) = (self.data().id, self.state());
+        match state {
+            _ if state == wanted => Ok(()),
+            State::Deleting => Err(SandboxError::NotFound(id)),
+            _ => Err(SandboxError::WrongState { id, state, action, wanted: wanted.as_str() }),
+        }
+    }
+
+    fn wrong_state(&self, state: State, event: Event) -> SandboxError {
+        let id = self.data().id;
+        if state == State::Deleting {
+            return SandboxError::NotFound(id);
+        }
+        SandboxError::WrongState { id, state, action: event.as_str(), wanted: event.wanted() }
+    }
+
+    /// Ends a transition. That it can end like this was made sure of when it began.
+    pub(super) fn end(&self, event: Event) {
+        if let Err(e) = self.apply(event) {
+            tracing::error!("{e}");
+        }
     }
 
     /// Connection to its agent while it runs.

@@ -23,10 +23,12 @@ impl Engine {
         self: &Arc<Self>,
         id: &str,
         count: u32,
+        made_by: Option<String>,
     ) -> Result<Vec<Result<Created, CreateError>>, TransitionError> {
         let sandbox = self.sandbox(id)?;
         let engine = Arc::clone(self);
-        let work = tokio::spawn(async move { engine.fork_now(&sandbox, count).await });
+        let work =
+            tokio::spawn(async move { engine.fork_now(&sandbox, count, made_by.as_deref()).await });
         match work.await {
             Ok(done) => done,
             Err(e) => std::panic::resume_unwind(e.into_panic()),
@@ -37,6 +39,7 @@ impl Engine {
         self: &Arc<Self>,
         sandbox: &Arc<Sandbox>,
         count: u32,
+        made_by: Option<&str>,
     ) -> Result<Vec<Result<Created, CreateError>>, TransitionError> {
         let snapshot = self.freeze_for_fork(sandbox).await?;
         // A clone may be deleted while the next one is being made.
@@ -45,7 +48,7 @@ impl Engine {
         let mut clones = Vec::new();
         // One after the other: on few cores, clones restored at once only slow each other down.
         for _ in 0..count {
-            clones.push(self.clone_one(sandbox, &source).await);
+            clones.push(self.clone_one(sandbox, &source, made_by).await);
             failpoint::reached("fork.cloned").await;
         }
         drop(pin);
@@ -68,8 +71,8 @@ impl Engine {
         let written = async {
             let freeze = async { Ok::<_, TransitionError>(self.freeze(machine, &data.id).await?) };
             // Of its own: the clones' is not the source's to destroy.
-            let key = async { Ok(self.write_key(&id).await?) };
-            let ((), key) = tokio::try_join!(freeze, key)?;
+            let (frozen, key) = tokio::join!(freeze, self.new_key(&id));
+            let ((), key) = (frozen?, key?);
             failpoint::reached("fork.frozen").await;
             let mut timings = lifecycle::Timings::new();
             let sources = (&*base, &source);
@@ -115,6 +118,7 @@ impl Engine {
         self: &Arc<Self>,
         sandbox: &Sandbox,
         source: &Arc<ReadyTemplate>,
+        made_by: Option<&str>,
     ) -> Result<Created, CreateError> {
         let started = Instant::now();
         let data = sandbox.data();
@@ -124,6 +128,8 @@ impl Engine {
             on_timeout: data.on_timeout,
             metadata: data.metadata,
             env: data.env,
+            idle_timeout: data.idle_timeout_seconds.map(Duration::from_secs),
+            made_by: made_by.map(str::to_owned),
         };
         let owner = Owner { access_token: ids::new_secret("sbx"), env: request.env.clone() };
         let vm = lifecycle::restore(&self.context, source, Some(&owner)).await?;

@@ -74,11 +74,8 @@ impl Keyring {
         self.dir.join(id)
     }
 
-    /// The key of that name; made when there is none. Blocks.
-    pub fn ensure(&self, id: &str) -> Result<Key, KeyringError> {
-        if self.exists(id) {
-            return self.unwrap(id);
-        }
+    /// Makes the key of that name, in place of one that nothing was written with. Blocks.
+    pub fn create(&self, id: &str) -> Result<Key, KeyringError> {
         let key = Key::generate()?;
         let wrapped = self.master.wrap(id, &key);
         let wrapped = wrapped.map_err(|source| KeyringError::Wrap { id: id.to_owned(), source })?;
@@ -98,7 +95,8 @@ impl Keyring {
         Ok(key)
     }
 
-    fn unwrap(&self, id: &str) -> Result<Key, KeyringError> {
+    /// The key of that name. Blocks while it is being unwrapped.
+    pub fn unwrap(&self, id: &str) -> Result<Key, KeyringError> {
         if let Some(key) = self.unwrapped.get(id) {
             return Ok(key.value().clone());
         }
@@ -166,9 +164,9 @@ mod tests {
     #[test]
     fn a_key_is_kept_wrapped_and_comes_back_from_another_service() {
         let home = tempfile::tempdir().unwrap();
-        let key = keyring(home.path()).ensure("one").unwrap();
+        let key = keyring(home.path()).create("one").unwrap();
         let again = keyring(home.path());
-        assert_eq!(again.ensure("one").unwrap().expose(), key.expose());
+        assert_eq!(again.unwrap("one").unwrap().expose(), key.expose());
         assert_eq!(again.key("one").unwrap().expose(), key.expose());
         for path in [home.path().join("master-key"), home.path().join("keys/one")] {
             let meta = std::fs::metadata(&path).unwrap();
@@ -186,7 +184,7 @@ mod tests {
     fn a_destroyed_key_is_gone_for_good() {
         let home = tempfile::tempdir().unwrap();
         let keys = keyring(home.path());
-        let old = keys.ensure("one").unwrap();
+        let old = keys.create("one").unwrap();
         keys.forget("one");
         assert_eq!(keys.key("one").unwrap().expose(), old.expose());
         // Another name of the same file shows what the destruction leaves of it.
@@ -196,6 +194,6 @@ mod tests {
         assert!(keys.key("one").is_err() && !keys.exists("one"));
         let left = std::fs::read(home.path().join("link")).unwrap();
         assert!(!left.is_empty() && left.iter().all(|b| *b == 0));
-        assert_ne!(keys.ensure("one").unwrap().expose(), old.expose());
+        assert_ne!(keys.create("one").unwrap().expose(), old.expose());
     }
 }

@@ -193,6 +193,11 @@ impl Engine {
         &self.config
     }
 
+    /// Durable state.
+    pub fn db(&self) -> &Db {
+        &self.context.db
+    }
+
     /// The VMM driver.
     pub fn driver(&self) -> &Arc<dyn Driver> {
         &self.context.driver
@@ -293,7 +298,7 @@ impl Engine {
             d.expires_at = expires_at;
         });
         self.context.db.vm_sandbox(id, db::Stage::Claimed, &data).await?;
-        self.expiries.set(id, Instant::now() + timeout);
+        self.expiries.set(id, sandbox.ends_at());
         Ok(())
     }
 
@@ -301,7 +306,7 @@ impl Engine {
     pub async fn delete(self: &Arc<Self>, id: &str) -> Result<(), SandboxError> {
         let sandbox = self.sandbox(id)?;
         let engine = Arc::clone(self);
-        let work = tokio::spawn(async move { engine.remove(sandbox, "deleted").await });
+        let work = tokio::spawn(async move { engine.remove(sandbox, "deleted", None).await });
         match work.await {
             Ok(done) => done,
             // The task panicked; the VM is still listed and can be deleted again.
@@ -309,13 +314,18 @@ impl Engine {
         }
     }
 
+    /// Removes a sandbox; with `only`, only if it is still in that state once its turn has come.
     async fn remove(
         &self,
         sandbox: Arc<Sandbox>,
         reason: &'static str,
+        only: Option<State>,
     ) -> Result<(), SandboxError> {
         let id = sandbox.data().id;
         let mut machine = sandbox.machine.lock().await;
+        if let Some(wanted) = only {
+            sandbox.expect(wanted, reason)?;
+        }
         sandbox.apply(Event::Delete)?;
         sandbox.set_agent(None);
         failpoint::reached("delete.begun").await;
@@ -324,7 +334,9 @@ impl Engine {
         }
         failpoint::reached("delete.killed").await;
         // Before anything else of what is on disk: without it, the rest is noise.
-        if let Some(key) = sandbox.data().key {
+        // One whose pause failed half-way may be there too, under the same name.
+        let key = sandbox.data().key.unwrap_or_else(|| id.clone());
+        if self.context.keys.exists(&key) {
             self.destroy_key(&key);
         }
         failpoint::reached("delete.key_destroyed").await;
@@ -362,7 +374,7 @@ impl Engine {
                 continue;
             }
             let engine = Arc::clone(self);
-            removals.spawn(async move { engine.remove(sandbox, "shutdown").await });
+            removals.spawn(async move { engine.remove(sandbox, "shutdown", None).await });
         }
         while let Some(done) = removals.join_next().await {
             if let Ok(Err(e)) = done {

@@ -110,7 +110,6 @@ impl Engine {
     ) -> Result<(), TransitionError> {
         let data = sandbox.data();
         let (base, source) = self.source_of(&data.template, &data.restored_from)?;
-        let key_name = data.key.as_deref().unwrap_or(&data.id);
         let mut timings = Timings::new();
         let stop = async {
             self.freeze(machine, &data.id).await?;
@@ -118,10 +117,11 @@ impl Engine {
             Ok::<_, TransitionError>(())
         };
         // A first key has to be written and synced; the guest need not stand still for that alone.
-        let key = async { Ok(self.write_key(key_name).await?) };
-        let ((), key) = tokio::try_join!(stop, key)?;
+        // Neither is given up for the other: a stop that was begun has to end before it is undone.
+        let (stopped, key) = tokio::join!(stop, self.key_of(&data));
+        let ((), key) = (stopped?, key?);
         failpoint::reached("pause.frozen").await;
-        let key_name = key.as_ref().map(|_| key_name.to_owned());
+        let key_name = key.as_ref().map(|key| key.name.clone());
         let sources = (&*base, &source);
         let written = self.write_workspace(machine, ids::new_id(), sources, key, &mut timings);
         let (draft, manifest) = written.await?;
@@ -219,9 +219,8 @@ impl Engine {
                 if data.restored_from != snapshot {
                     self.drop_workspace(&data.restored_from);
                 }
-                let left = sandbox.data().expires_at - time::OffsetDateTime::now_utc();
-                let left = Duration::try_from(left).unwrap_or_default();
-                self.expiries.set(&data.id, Instant::now() + left);
+                sandbox.touch();
+                self.expiries.set(&data.id, sandbox.ends_at());
                 metrics::histogram!("rethaw_resume_duration_seconds")
                     .record(started.elapsed().as_secs_f64());
                 Ok(token)

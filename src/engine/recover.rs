@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use snapshotter::process::{Process, ProcessId, start_time};
 use snapshotter::vmm::Vm;
@@ -24,9 +24,17 @@ impl Engine {
     /// Takes back or removes whatever an earlier service left.
     pub(super) async fn recover(self: &Arc<Self>) -> Result<(), StartError> {
         let rows = self.context.db.vms().await?;
+        // What an interrupted request made is nobody's: its reply, with id and token, was never
+        // sent. The client will send it again.
+        let interrupted = self.context.db.idempotency_interrupted().await?;
+        let unanswered = |row: &VmRow| {
+            let made_by = row.sandbox.as_ref().and_then(|s| s.made_by.as_ref());
+            made_by.is_some_and(|name| interrupted.contains(name))
+        };
         let mut known = HashSet::new();
         for row in rows {
             match row.stage {
+                _ if unanswered(&row) => self.remove_leftover(&row).await?,
                 Stage::Claimed => {
                     let id = row.id.clone();
                     if self.take_back(row).await? {
@@ -86,12 +94,10 @@ impl Engine {
         };
         match attempt.await {
             Ok((data, identity, machine)) => {
-                let left = data.expires_at - time::OffsetDateTime::now_utc();
-                let left = Duration::try_from(left).unwrap_or_default();
                 let process = Arc::clone(&machine.vm);
                 let sandbox = Arc::new(Sandbox::running(data, identity, machine));
                 self.sandboxes.insert(row.id.clone(), Arc::clone(&sandbox));
-                self.expiries.set(&row.id, Instant::now() + left);
+                self.expiries.set(&row.id, sandbox.ends_at());
                 self.watch_sandbox(&sandbox, process);
                 metrics::counter!("rethaw_vms_recovered_total", "outcome" => "serving")
                     .increment(1);

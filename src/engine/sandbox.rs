@@ -1,12 +1,14 @@
 //! One sandbox: what its user sees, and the machine behind it.
 
 use std::collections::BTreeMap;
-use std::sync::RwLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+use std::time::{Duration, Instant};
 
 use guest_agent::client::AgentClient;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
-use tokio::sync::Mutex;
+use tokio::sync::Mutex as AsyncMutex;
 use utoipa::ToSchema;
 
 use super::SandboxError;
@@ -90,6 +92,47 @@ pub struct SandboxData {
     /// Name of the key that its snapshots are encrypted with, from its first pause on.
     #[serde(default)]
     pub key: Option<String>,
+    /// Its time is also up when it was not used for this long.
+    #[serde(default)]
+    pub idle_timeout_seconds: Option<u64>,
+    /// Name of the request that it was made for, when that one can be sent again.
+    #[serde(default)]
+    pub made_by: Option<String>,
+}
+
+/// When a sandbox was used last, and how often it is in use now.
+#[derive(Debug)]
+struct Activity {
+    last: Mutex<Instant>,
+    open: AtomicUsize,
+}
+
+impl Activity {
+    fn new() -> Arc<Self> {
+        Arc::new(Self { last: Mutex::new(Instant::now()), open: AtomicUsize::new(0) })
+    }
+
+    fn touch(&self) {
+        *self.last.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Instant::now();
+    }
+
+    fn last(&self) -> Instant {
+        if self.open.load(Ordering::Relaxed) > 0 {
+            return Instant::now();
+        }
+        *self.last.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// A sandbox is in use, and not idle, for as long as one of these lives.
+#[derive(Debug)]
+pub struct InUse(Arc<Activity>);
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.0.touch();
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// A sandbox.
@@ -100,9 +143,10 @@ pub struct Sandbox {
     identity: StoredIdentity,
     state: RwLock<State>,
     agent: RwLock<Option<AgentClient>>,
+    activity: Arc<Activity>,
     /// The machine; `None` while paused or gone. Held for as long as a transition takes: this lock
     /// is what makes transitions of one sandbox happen one after the other.
-    pub(super) machine: Mutex<Option<Machine>>,
+    pub(super) machine: AsyncMutex<Option<Machine>>,
 }
 
 fn read<T: Clone>(lock: &RwLock<T>) -> T {
@@ -121,7 +165,8 @@ impl Sandbox {
             identity,
             state: RwLock::new(State::Running),
             agent: RwLock::new(Some(machine.agent.clone())),
-            machine: Mutex::new(Some(machine)),
+            activity: Activity::new(),
+            machine: AsyncMutex::new(Some(machine)),
         }
     }
 
@@ -132,7 +177,8 @@ impl Sandbox {
             identity,
             state: RwLock::new(State::Paused),
             agent: RwLock::new(None),
-            machine: Mutex::new(None),
+            activity: Activity::new(),
+            machine: AsyncMutex::new(None),
         }
     }
 
@@ -199,9 +245,31 @@ impl Sandbox {
         }
     }
 
-    /// Connection to its agent while it runs.
+    /// Connection to its agent while it runs. Whoever asks uses the sandbox; hold an
+    /// [`Sandbox::in_use`] besides for what lasts.
     pub fn agent(&self) -> Option<AgentClient> {
+        self.activity.touch();
         if self.state() == State::Running { read(&self.agent) } else { None }
+    }
+
+    /// Keeps it from being idle.
+    pub fn in_use(&self) -> InUse {
+        self.activity.open.fetch_add(1, Ordering::Relaxed);
+        InUse(Arc::clone(&self.activity))
+    }
+
+    /// When its time is up, as things are now: at its end, or when it has been idle for too long.
+    pub(super) fn ends_at(&self) -> Instant {
+        let data = self.data();
+        let left = data.expires_at - OffsetDateTime::now_utc();
+        let end = Instant::now() + Duration::try_from(left).unwrap_or_default();
+        let idle = data.idle_timeout_seconds.map(Duration::from_secs);
+        idle.map_or(end, |idle| end.min(self.activity.last() + idle))
+    }
+
+    /// It is used from now on, whatever was before.
+    pub(super) fn touch(&self) {
+        self.activity.touch();
     }
 
     pub(super) fn set_agent(&self, agent: Option<AgentClient>) {

@@ -28,6 +28,7 @@ use uffd_handler::source::{LayerFiles, MemoryLayers};
 use super::Engine;
 use super::keyring::{Keyring, KeyringError};
 use super::lifecycle::{Machine, Timings, millis};
+use super::sandbox::SandboxData;
 use super::template::ReadyTemplate;
 
 /// Deltas in a workspace before they are merged into one: each costs every page lookup a search.
@@ -82,19 +83,32 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 /// What a workspace is encrypted with.
 #[derive(Debug, Clone)]
 pub(super) struct WriteKey {
-    name: String,
+    pub(super) name: String,
     key: Key,
 }
 
 impl Engine {
-    /// The key of that name, made if there is none; `None` when nothing is to be encrypted.
-    pub(super) async fn write_key(&self, name: &str) -> Result<Option<WriteKey>, WorkspaceError> {
+    /// A new key of that name; `None` when nothing is to be encrypted.
+    pub(super) async fn new_key(&self, name: &str) -> Result<Option<WriteKey>, WorkspaceError> {
         if !self.config.encrypt_workspaces {
             return Ok(None);
         }
         let (keys, name) = (Arc::clone(&self.context.keys), name.to_owned());
-        let made = move || keys.ensure(&name).map(|key| Some(WriteKey { name, key }));
+        let made = move || keys.create(&name).map(|key| Some(WriteKey { name, key }));
         Ok(blocking(made).await?)
+    }
+
+    /// A sandbox's key: what it has written must open with the same one.
+    pub(super) async fn key_of(
+        &self,
+        data: &SandboxData,
+    ) -> Result<Option<WriteKey>, WorkspaceError> {
+        let Some(name) = data.key.clone().filter(|_| self.config.encrypt_workspaces) else {
+            return self.new_key(&data.id).await;
+        };
+        let keys = Arc::clone(&self.context.keys);
+        let found = move || keys.unwrap(&name).map(|key| Some(WriteKey { name, key }));
+        Ok(blocking(found).await?)
     }
 
     /// Writes a paused VM into a draft of this id: state, memory delta, disk delta.

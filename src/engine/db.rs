@@ -16,7 +16,7 @@ use std::time::Duration;
 use rusqlite::Connection;
 use tokio::sync::oneshot;
 
-pub use idempotency::{Known, RETENTION};
+pub use idempotency::Known;
 pub use templates::TemplateRow;
 pub use vms::{Stage, StoredIdentity, VmRow};
 

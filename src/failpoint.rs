@@ -47,6 +47,7 @@ pub const NAMES: &[&str] = &[
     "fork.done",
     "delete.begun",
     "delete.killed",
+    "delete.key_destroyed",
     "delete.noted",
 ];
 

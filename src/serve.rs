@@ -17,6 +17,7 @@ use uffd_handler::supervisor::{Supervisor, SupervisorConfig};
 
 use crate::choose;
 use crate::cli::serve::ServeOptions;
+use crate::engine::keyring::{Keyring, MasterKey};
 use crate::engine::{Engine, EngineConfig};
 use crate::failpoint;
 use crate::http::{self, ApiKey, App};
@@ -78,7 +79,8 @@ async fn serve(
         let key = ApiKey::from_file(&path);
         Some(key.with_context(|| format!("API key file {}", path.display()))?)
     };
-    let pager = Arc::new(start_pager(home, &paths)?);
+    let keys = Arc::new(open_keyring(&options)?);
+    let pager = Arc::new(start_pager(home, &paths, Arc::clone(&keys))?);
     let choice = choose::choose(options.vmm, home).await?;
     tracing::info!("VMM: {choice}");
     let driver = choice.driver(&paths, Arc::clone(&pager)).await?;
@@ -89,8 +91,9 @@ async fn serve(
         flavor: options.flavor,
         default_pool_target: options.pool_target.unwrap_or(DEFAULT_POOL_TARGET),
         max_timeout: MAX_TIMEOUT,
+        encrypt_workspaces: !options.no_encryption,
     };
-    let engine = Engine::start(config, driver, pager).await?;
+    let engine = Engine::start(config, driver, pager, keys).await?;
     tracing::info!("listening on http://{}", listener.local_addr()?);
     let app = App { engine: Arc::clone(&engine), key, metrics };
     run_http(listener, app, stop).await?;
@@ -154,7 +157,21 @@ fn check_socket_paths(home: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn start_pager(home: &Path, paths: &Paths) -> anyhow::Result<Supervisor> {
+/// The keys of workspaces, and what they are wrapped with.
+fn open_keyring(options: &ServeOptions) -> anyhow::Result<Keyring> {
+    let master = match &options.key_command {
+        Some(command) => {
+            MasterKey::Command(command.split_whitespace().map(str::to_owned).collect())
+        }
+        None => {
+            let default = options.home.join("master-key");
+            MasterKey::from_file(options.master_key_file.as_ref().unwrap_or(&default))?
+        }
+    };
+    Ok(Keyring::open(&options.home, master)?)
+}
+
+fn start_pager(home: &Path, paths: &Paths, keys: Arc<Keyring>) -> anyhow::Result<Supervisor> {
     let run = home.join("run");
     std::fs::create_dir_all(&run).with_context(|| format!("cannot make {}", run.display()))?;
     let mut config = SupervisorConfig::new(&paths.pager, run.join("pager.sock"));
@@ -165,6 +182,7 @@ fn start_pager(home: &Path, paths: &Paths) -> anyhow::Result<Supervisor> {
     let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&state);
     made.with_context(|| format!("cannot make {}", state.display()))?;
     config.state_dir = Some(state);
+    config.keys = keys;
     Supervisor::start(config).context("the page server does not start")
 }
 

@@ -135,6 +135,8 @@ pub async fn freeze(
         image_digests: spec.image.digests.clone(),
         files: Default::default(),
         memory_layers: Vec::new(),
+        disk_layers: Vec::new(),
+        key: None,
         boot: Some(timings),
         frozen_identity: FrozenIdentity::default(),
     };
@@ -172,7 +174,7 @@ async fn settle_and_snapshot(
     progress(Step::Snapshotting);
     let since = Instant::now();
     vm.pause().await?;
-    vm.snapshot(draft.dir()).await?;
+    vm.snapshot(draft.dir(), None).await?;
     timings.snapshot_ms = ms(since);
     Ok((report, timings))
 }

@@ -17,6 +17,10 @@ pub const VMSTATE: &str = "vmstate.bin";
 pub const MEMORY: &str = "memory.bin";
 /// Base name of a memory delta on the parent's memory.
 pub const DELTA: &str = "memory.delta";
+/// Base name of a delta on the parent's writable disk.
+pub const DISK_DELTA: &str = "disk.delta";
+/// What the key of an encrypted snapshot is used for in [`VMSTATE`].
+pub const VMSTATE_PURPOSE: &str = "device state";
 /// Pages a clone touches between resume and its first command.
 pub const WORKING_SET: &str = "working-set.bin";
 /// Which pages of [`MEMORY`] are zero.
@@ -30,7 +34,8 @@ pub const FORMAT: u32 = 2;
 /// One file of a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileEntry {
-    /// Content digest, as [`crate::disk::describe`] defines it, in lower-case hex.
+    /// Content digest, as [`crate::disk::describe`] defines it, in lower-case hex; of a delta's data
+    /// the one of [`uffd_handler::source::DeltaSummary`].
     pub digest: String,
     /// Length in bytes.
     pub bytes: u64,
@@ -80,6 +85,13 @@ pub struct Manifest {
     /// Names of this snapshot's own memory deltas, bottom first, on top of its parent's memory.
     #[serde(default)]
     pub memory_layers: Vec<String>,
+    /// Names of its own disk deltas, bottom first, on top of its parent's disk; with none of them
+    /// the disk is [`SCRATCH`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disk_layers: Vec<String>,
+    /// Name of the key that device state, memory and disk are encrypted with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
     /// Boot times, for a golden VM.
     pub boot: Option<BootTimings>,
     /// The identity the guest had at that instant; no clone may keep it.

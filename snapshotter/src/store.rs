@@ -5,12 +5,13 @@
 //! <home>/tmp/<id>/...                       being written; removed at start
 //! ```
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::disk;
-use crate::manifest::{MANIFEST, Manifest, ManifestError};
+use crate::manifest::{FileEntry, MANIFEST, Manifest, ManifestError};
 
 /// The store.
 #[derive(Debug, Clone)]
@@ -24,6 +25,8 @@ pub struct Store {
 pub struct Draft {
     id: String,
     dir: PathBuf,
+    // Files whose digests were computed as they were written, or long ago.
+    known: BTreeMap<String, FileEntry>,
     published: bool,
 }
 
@@ -76,7 +79,7 @@ impl Store {
     pub fn draft(&self, id: &str) -> io::Result<Draft> {
         let dir = self.tmp.join(id);
         std::fs::create_dir(&dir)?;
-        Ok(Draft { id: id.to_owned(), dir, published: false })
+        Ok(Draft { id: id.to_owned(), dir, known: BTreeMap::new(), published: false })
     }
 
     /// Publishes a draft: digests of every file into the manifest, everything synced, then one
@@ -98,7 +101,10 @@ impl Store {
             let name = entry.file_name().to_string_lossy().into_owned();
             let file = File::open(entry.path()).map_err(|e| fail(&name, e))?;
             file.sync_all().map_err(|e| fail(&name, e))?;
-            let described = disk::describe(&entry.path()).map_err(|e| fail(&name, e))?;
+            let described = match draft.known.get(&name) {
+                Some(known) => known.clone(),
+                None => disk::describe(&entry.path()).map_err(|e| fail(&name, e))?,
+            };
             // Not a lock, a reminder: nothing may ever write to a published file.
             let mut mode = file.metadata().map_err(|e| fail(&name, e))?.permissions();
             mode.set_readonly(true);
@@ -128,6 +134,11 @@ impl Draft {
     /// Where to write the files.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// A file's entry is known already: it is a link to a published one, or its writer digested it.
+    pub fn note(&mut self, name: &str, entry: FileEntry) {
+        self.known.insert(name.to_owned(), entry);
     }
 
     /// The id it will be published under.

@@ -21,7 +21,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use guest_agent::client::{AgentClient, AgentError};
 use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
 
+use uffd_handler::seal::{Key, SealError};
+
+use crate::manifest;
 use crate::process::{ExitReason, ProcessError, ProcessId};
 
 /// Which VMM a driver drives.
@@ -143,6 +147,8 @@ pub struct RestoreSpec {
     pub run_dir: PathBuf,
     /// Device state file.
     pub vmstate: PathBuf,
+    /// The key that it is encrypted with.
+    pub vmstate_key: Option<Key>,
     /// Memory: bottom layer first. The first is a flat file, the others are deltas on it.
     pub memory: uffd_handler::supervisor::MemoryPlan,
     /// Flat memory file for [`MemoryBackend::File`].
@@ -190,6 +196,29 @@ pub struct VmRecord {
     pub details: BTreeMap<String, String>,
 }
 
+/// Writes a device state, encrypted when there is a key. Not synced: publication does that.
+pub(crate) fn write_vmstate(path: &Path, state: &[u8], key: Option<&Key>) -> Result<(), VmmError> {
+    let sealed = key.map(|key| key.seal(manifest::VMSTATE_PURPOSE, state)).transpose();
+    let sealed = sealed.map_err(|source| VmmError::Seal { path: path.to_owned(), source })?;
+    std::fs::write(path, sealed.as_deref().unwrap_or(state)).map_err(|source| VmmError::File {
+        what: "cannot write",
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Reads an encrypted device state.
+pub(crate) fn read_vmstate(path: &Path, key: &Key) -> Result<Zeroizing<Vec<u8>>, VmmError> {
+    let sealed = std::fs::read(path);
+    let sealed = sealed.map_err(|source| VmmError::File {
+        what: "cannot read",
+        path: path.to_owned(),
+        source,
+    })?;
+    let opened = key.open(manifest::VMSTATE_PURPOSE, &sealed);
+    opened.map_err(|source| VmmError::Seal { path: path.to_owned(), source })
+}
+
 /// How long each step of a restore took, in order: `(phase, duration)`.
 pub type Phases = Vec<(&'static str, Duration)>;
 
@@ -203,6 +232,8 @@ pub struct SnapshotFiles {
     /// Memory as a delta on the chain it was restored from: a base name that
     /// `uffd_handler::source` can open.
     pub delta: Option<PathBuf>,
+    /// The delta's digest, computed as it was written.
+    pub delta_digest: Option<[u8; 32]>,
     /// Steps and their times.
     pub phases: Phases,
 }
@@ -251,8 +282,9 @@ pub trait Vm: Send + Sync + std::fmt::Debug {
     /// Stops the vCPUs.
     async fn pause(&self) -> Result<(), VmmError>;
 
-    /// Writes device state and memory into `into`. The VM must be paused, and stays so.
-    async fn snapshot(&self, into: &Path) -> Result<SnapshotFiles, VmmError>;
+    /// Writes device state and memory into `into`, encrypted when there is a key. The VM must be
+    /// paused, and stays so.
+    async fn snapshot(&self, into: &Path, key: Option<&Key>) -> Result<SnapshotFiles, VmmError>;
 
     /// A new connection to the guest agent; whatever the guest remembers of older ones is reset.
     async fn connect_agent(&self, deadline: Duration) -> Result<AgentClient, AgentError>;
@@ -338,6 +370,14 @@ pub enum VmmError {
         path: PathBuf,
         /// What happened.
         source: std::io::Error,
+    },
+    /// Device state could not be encrypted, or does not open with its key.
+    #[error("{path:?}: {source}")]
+    Seal {
+        /// The file.
+        path: PathBuf,
+        /// What happened.
+        source: SealError,
     },
     /// This driver cannot do it here, and why.
     #[error("{0}")]

@@ -35,6 +35,12 @@ pub struct ServeOptions {
     pub no_auth: bool,
     /// Sandboxes outlive a stop of the service.
     pub keep_vms: bool,
+    /// Paused workspaces are written in the clear.
+    pub no_encryption: bool,
+    /// File of the master key that wraps the keys of workspaces.
+    pub master_key_file: Option<PathBuf>,
+    /// Command that wraps and unwraps them instead, split at white space.
+    pub key_command: Option<String>,
 }
 
 /// Which VMM the service uses.
@@ -116,6 +122,25 @@ pub struct ServeArgs {
     /// Let sandboxes run on when the service stops; the next one takes them back
     #[arg(long)]
     pub keep_vms: bool,
+
+    /// Write paused workspaces in the clear
+    #[arg(long)]
+    pub no_encryption: bool,
+
+    /// Master key that wraps the keys of paused workspaces, 64 hex digits; made when it is not there
+    /// [default: <home>/master-key]
+    #[arg(long, env = "RETHAW_MASTER_KEY_FILE", value_name = "FILE")]
+    pub master_key_file: Option<PathBuf>,
+
+    /// Command that wraps and unwraps those keys instead: `COMMAND wrap|unwrap ID`, from standard
+    /// input to standard output
+    #[arg(
+        long,
+        env = "RETHAW_KEY_COMMAND",
+        value_name = "COMMAND",
+        conflicts_with = "master_key_file"
+    )]
+    pub key_command: Option<String>,
 }
 
 /// Guests smaller than this do not boot, larger ones are surely a slip of the unit.
@@ -162,6 +187,9 @@ impl ServeArgs {
             flavor: self.flavor.or(file.flavor).map_or(Flavor::Default, Flavor::from),
             no_auth: self.insecure_no_auth,
             keep_vms: self.keep_vms,
+            no_encryption: self.no_encryption,
+            master_key_file: self.master_key_file.or(file.master_key_file),
+            key_command: self.key_command.or(file.key_command),
         })
     }
 }

@@ -7,6 +7,8 @@
 //! vmm = "qemu"            # auto, qemu, firecracker
 //! memory_mib = 512
 //! flavor = "default"      # default, min
+//! master_key_file = "/etc/rethaw/master-key"
+//! # or: key_command = "/usr/local/bin/kms-wrap --key rethaw"
 //! ```
 
 use std::net::SocketAddr;
@@ -32,6 +34,10 @@ pub struct ServeFile {
     pub memory_mib: Option<u64>,
     /// Kernel of the base template.
     pub flavor: Option<FlavorChoice>,
+    /// Master key that wraps the keys of workspaces.
+    pub master_key_file: Option<PathBuf>,
+    /// Command that wraps them instead.
+    pub key_command: Option<String>,
 }
 
 /// Why a file cannot be used.

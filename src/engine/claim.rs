@@ -33,6 +33,10 @@ pub struct CreateRequest {
     pub metadata: BTreeMap<String, String>,
     /// Environment of every command.
     pub env: BTreeMap<String, String>,
+    /// Its time is also up when it was not used for this long.
+    pub idle_timeout: Option<Duration>,
+    /// Name of the request that asked for it, when that one can be sent again.
+    pub made_by: Option<String>,
 }
 
 /// What is given.
@@ -226,6 +230,9 @@ impl Engine {
             timings_ms: timings,
             restored_from: source.snapshot.clone(),
             paused_in: None,
+            key: None,
+            idle_timeout_seconds: request.idle_timeout.map(|t| t.as_secs()),
+            made_by: request.made_by,
         };
         // Before the caller hears of it: a service killed from here on knows whose VM this is.
         if let Err(e) = self.context.db.vm_claimed(&vm.id, &data, &vm.identity).await {
@@ -236,7 +243,7 @@ impl Engine {
         let process = Arc::clone(&vm.machine.vm);
         let sandbox = Arc::new(Sandbox::running(data, vm.identity, vm.machine));
         self.sandboxes.insert(vm.id.clone(), Arc::clone(&sandbox));
-        self.expiries.set(&vm.id, Instant::now() + request.timeout);
+        self.expiries.set(&vm.id, sandbox.ends_at());
         self.watch_sandbox(&sandbox, process);
         Ok(Created { sandbox, access_token: token })
     }
@@ -262,7 +269,7 @@ impl Engine {
             // Paused or deleted meanwhile: the process was meant to go.
             if same {
                 tracing::warn!(sandbox = %sandbox.data().id, "VM {reason}");
-                let _ = engine.remove(sandbox, "vm_died").await;
+                let _ = engine.remove(sandbox, "vm_died", None).await;
             }
         });
     }

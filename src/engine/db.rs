@@ -4,6 +4,7 @@
 //! only after the process, its memory and its files are gone. After a crash every row is therefore
 //! either a VM to take back or one to clean up.
 
+mod idempotency;
 mod schema;
 mod templates;
 mod vms;
@@ -15,6 +16,7 @@ use std::time::Duration;
 use rusqlite::Connection;
 use tokio::sync::oneshot;
 
+pub use idempotency::Known;
 pub use templates::TemplateRow;
 pub use vms::{Stage, StoredIdentity, VmRow};
 

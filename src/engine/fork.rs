@@ -7,14 +7,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::Engine;
 use super::claim::{CreateError, CreateRequest, Created};
 use super::identity::Owner;
 use super::lifecycle;
-use super::pause::{TransitionError, expect};
-use super::sandbox::{Origin, Sandbox, State};
+use super::pause::{TransitionError, machine_of};
+use super::sandbox::{Origin, Sandbox};
+use super::state::Event;
 use super::template::ReadyTemplate;
-use super::workspace::Scratch;
+use super::{Engine, ids};
 use crate::failpoint;
 
 impl Engine {
@@ -23,10 +23,12 @@ impl Engine {
         self: &Arc<Self>,
         id: &str,
         count: u32,
+        made_by: Option<String>,
     ) -> Result<Vec<Result<Created, CreateError>>, TransitionError> {
         let sandbox = self.sandbox(id)?;
         let engine = Arc::clone(self);
-        let work = tokio::spawn(async move { engine.fork_now(&sandbox, count).await });
+        let work =
+            tokio::spawn(async move { engine.fork_now(&sandbox, count, made_by.as_deref()).await });
         match work.await {
             Ok(done) => done,
             Err(e) => std::panic::resume_unwind(e.into_panic()),
@@ -37,6 +39,7 @@ impl Engine {
         self: &Arc<Self>,
         sandbox: &Arc<Sandbox>,
         count: u32,
+        made_by: Option<&str>,
     ) -> Result<Vec<Result<Created, CreateError>>, TransitionError> {
         let snapshot = self.freeze_for_fork(sandbox).await?;
         // A clone may be deleted while the next one is being made.
@@ -45,7 +48,7 @@ impl Engine {
         let mut clones = Vec::new();
         // One after the other: on few cores, clones restored at once only slow each other down.
         for _ in 0..count {
-            clones.push(self.clone_one(sandbox, &source).await);
+            clones.push(self.clone_one(sandbox, &source, made_by).await);
             failpoint::reached("fork.cloned").await;
         }
         drop(pin);
@@ -58,18 +61,23 @@ impl Engine {
     /// Stops the source, writes it, lets it run on; returns the published snapshot.
     async fn freeze_for_fork(&self, sandbox: &Sandbox) -> Result<String, TransitionError> {
         let mut slot = sandbox.machine.lock().await;
-        let machine = expect(sandbox, slot.as_ref(), State::Running, "fork")?;
-        let started = Instant::now();
         let data = sandbox.data();
         let (base, source) = self.source_of(&data.template, &data.restored_from)?;
-        sandbox.set_state(State::Pausing);
+        let id = ids::new_id();
+        sandbox.apply(Event::Fork)?;
+        let machine = machine_of(sandbox, slot.as_ref())?;
+        let started = Instant::now();
         sandbox.set_agent(None);
         let written = async {
-            self.freeze(machine, &data.id).await?;
+            let freeze = async { Ok::<_, TransitionError>(self.freeze(machine, &data.id).await?) };
+            // Of its own: the clones' is not the source's to destroy.
+            let (frozen, key) = tokio::join!(freeze, self.new_key(&id));
+            let ((), key) = (frozen?, key?);
             failpoint::reached("fork.frozen").await;
             let mut timings = lifecycle::Timings::new();
+            let sources = (&*base, &source);
             let written =
-                self.write_workspace(machine, &base, &source, Scratch::Copy, &mut timings).await;
+                self.write_workspace(machine, id.clone(), sources, key, &mut timings).await;
             tracing::info!(sandbox = %data.id, ?timings, "written for a fork");
             Ok::<_, TransitionError>(written?)
         };
@@ -79,7 +87,7 @@ impl Engine {
         failpoint::reached("fork.thawed").await;
         metrics::histogram!("rethaw_fork_stop_duration_seconds")
             .record(started.elapsed().as_secs_f64());
-        sandbox.set_state(State::Running);
+        sandbox.end(Event::Thawed);
         match thawed {
             Ok(agent) => {
                 sandbox.set_agent(Some(agent.clone()));
@@ -94,8 +102,14 @@ impl Engine {
             }
         }
         drop(slot);
-        let (draft, manifest) = written?;
-        let id = self.publish(draft, manifest).await?.id;
+        let published = async {
+            let (draft, manifest) = written?;
+            Ok::<_, TransitionError>(self.publish(draft, manifest).await?)
+        };
+        if let Err(e) = published.await {
+            self.destroy_key(&id);
+            return Err(e);
+        }
         failpoint::reached("fork.published").await;
         Ok(id)
     }
@@ -104,6 +118,7 @@ impl Engine {
         self: &Arc<Self>,
         sandbox: &Sandbox,
         source: &Arc<ReadyTemplate>,
+        made_by: Option<&str>,
     ) -> Result<Created, CreateError> {
         let started = Instant::now();
         let data = sandbox.data();
@@ -113,8 +128,10 @@ impl Engine {
             on_timeout: data.on_timeout,
             metadata: data.metadata,
             env: data.env,
+            idle_timeout: data.idle_timeout_seconds.map(Duration::from_secs),
+            made_by: made_by.map(str::to_owned),
         };
-        let owner = Owner { access_token: super::ids::new_secret("sbx"), env: request.env.clone() };
+        let owner = Owner { access_token: ids::new_secret("sbx"), env: request.env.clone() };
         let vm = lifecycle::restore(&self.context, source, Some(&owner)).await?;
         self.register(vm, Origin::Forked, source, request, owner.access_token, started).await
     }

@@ -14,18 +14,23 @@
 //! unless it was asked to.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use guest_agent::client::{AgentClient, AgentError};
 use guest_agent::wire::{IdentityFailure, ProvenIdentity, ResumeRequest};
+use snapshotter::delta::{self, DeltaError};
 use snapshotter::disk;
 use snapshotter::vmm::{Driver, Nic, Priority, RestoreSpec, Shell, Vm, VmRecord, VmmError};
+use uffd_handler::seal::{Key, KeySource, SealError};
+use uffd_handler::source::LayerFiles;
 
 use super::db::{Db, DbError, StoredIdentity};
 use super::identity::{self, Identity, Owner};
 use super::ids;
+use super::keyring::Keyring;
 use super::template::ReadyTemplate;
 use crate::failpoint;
 
@@ -69,6 +74,12 @@ pub enum RestoreError {
     /// The state database.
     #[error(transparent)]
     Db(#[from] DbError),
+    /// The key of what is to be restored.
+    #[error(transparent)]
+    Key(#[from] SealError),
+    /// What had changed on the disk.
+    #[error(transparent)]
+    Disk(#[from] DeltaError),
     /// A file.
     #[error("{what} {path:?}: {source}")]
     File {
@@ -172,6 +183,8 @@ pub struct RestoreContext {
     pub db: Db,
     /// Parent of all VM directories.
     pub run: PathBuf,
+    /// Keys of workspaces.
+    pub keys: Arc<Keyring>,
 }
 
 #[derive(Debug)]
@@ -206,6 +219,43 @@ impl Common {
 
     fn agent_error(&self, step: &'static str, source: AgentError) -> RestoreError {
         RestoreError::Agent { id: self.id.clone(), step, source }
+    }
+}
+
+fn file(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> RestoreError {
+    let path = path.to_owned();
+    move |source| RestoreError::File { what, path, source }
+}
+
+/// How a VM's own disk is made.
+struct Disk {
+    base: PathBuf,
+    deltas: Vec<LayerFiles>,
+    target: PathBuf,
+    key: Option<String>,
+    keys: Arc<Keyring>,
+}
+
+impl Disk {
+    fn of(template: &ReadyTemplate, target: PathBuf, keys: Arc<Keyring>) -> Self {
+        Self {
+            base: template.scratch.clone(),
+            deltas: template.disk_deltas.clone(),
+            target,
+            key: template.manifest.key.clone(),
+            keys,
+        }
+    }
+
+    /// Makes it, and gives the key of what is restored, if it has one. Blocks.
+    fn make(self) -> Result<Option<Key>, RestoreError> {
+        disk::clone_file(&self.base, &self.target).map_err(file("cannot copy", &self.base))?;
+        if !self.deltas.is_empty() {
+            let target = File::options().read(true).write(true).open(&self.target);
+            let target = target.map_err(file("cannot open", &self.target))?;
+            delta::apply(&self.deltas, &target, &*self.keys)?;
+        }
+        Ok(self.key.map(|name| self.keys.key(&name)).transpose()?)
     }
 }
 
@@ -300,23 +350,19 @@ impl Spawned {
         mut common: Common,
         started: Instant,
     ) -> Result<Self, RestoreError> {
-        let file = |what, path: &Path| {
-            let path = path.to_owned();
-            move |source| RestoreError::File { what, path, source }
-        };
         let dir =
             RunDir::create(&context.run, &common.id).map_err(file("cannot make", &context.run))?;
-        let (from, to) = (template.scratch.clone(), dir.scratch());
-        let copied = tokio::task::spawn_blocking(move || disk::clone_file(&from, &to)).await;
-        copied
-            .map_err(std::io::Error::other)
-            .and_then(|inner| inner)
-            .map_err(file("cannot copy", &template.scratch))?;
+        let disk = Disk::of(template, dir.scratch(), Arc::clone(&context.keys));
+        let vmstate_key = match tokio::task::spawn_blocking(move || disk.make()).await {
+            Ok(made) => made?,
+            Err(e) => std::panic::resume_unwind(e.into_panic()),
+        };
         common.time("disk", started);
         let spec = RestoreSpec {
             id: common.id.clone(),
             run_dir: dir.path().to_owned(),
             vmstate: template.vmstate.clone(),
+            vmstate_key,
             memory: template.memory.clone(),
             memory_file: template.memory_file.clone(),
             backend: template.backend,

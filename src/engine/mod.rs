@@ -16,6 +16,7 @@ pub mod db;
 mod fork;
 pub mod identity;
 pub mod ids;
+pub mod keyring;
 pub mod lifecycle;
 mod lint;
 mod parked;
@@ -24,6 +25,7 @@ mod pool;
 mod recover;
 pub mod sandbox;
 mod spare;
+pub mod state;
 pub mod template;
 mod ttl;
 mod workspace;
@@ -43,11 +45,13 @@ use uffd_handler::supervisor::Supervisor;
 
 pub use claim::{CreateError, CreateRequest};
 use db::{Db, DbError};
+use keyring::Keyring;
 use lifecycle::RestoreContext;
 pub use pause::TransitionError;
 use pool::Pool;
 pub use pool::PoolNumbers;
 use sandbox::{Sandbox, State};
+use state::Event;
 use template::Template;
 
 use crate::failpoint;
@@ -68,6 +72,8 @@ pub struct EngineConfig {
     pub default_pool_target: u32,
     /// The longest life time a sandbox may ask for.
     pub max_timeout: Duration,
+    /// Whether paused workspaces are encrypted, each with a key of its own.
+    pub encrypt_workspaces: bool,
 }
 
 /// Where VM directories are.
@@ -140,6 +146,7 @@ impl Engine {
         config: EngineConfig,
         driver: Arc<dyn Driver>,
         pager: Arc<Supervisor>,
+        keys: Arc<Keyring>,
     ) -> Result<Arc<Self>, StartError> {
         let dir = |path: &Path| {
             let path = path.to_owned();
@@ -150,7 +157,7 @@ impl Engine {
         std::fs::create_dir_all(&run).map_err(dir(&run))?;
         let db = Db::open(&config.home.join("state.db"))?;
         let engine = Arc::new(Self {
-            context: RestoreContext { driver, db, run },
+            context: RestoreContext { driver, db, run, keys },
             config,
             store,
             pager,
@@ -184,6 +191,11 @@ impl Engine {
     /// What it was started with.
     pub fn config(&self) -> &EngineConfig {
         &self.config
+    }
+
+    /// Durable state.
+    pub fn db(&self) -> &Db {
+        &self.context.db
     }
 
     /// The VMM driver.
@@ -273,20 +285,20 @@ impl Engine {
         found.ok_or_else(|| SandboxError::NotFound(id.to_owned()))
     }
 
-    /// Changes when a sandbox's time is up, counted from now.
+    /// Changes when a running sandbox's time is up, counted from now. A paused one has no end to
+    /// change.
     pub async fn set_timeout(&self, id: &str, timeout: Duration) -> Result<(), SandboxError> {
         let sandbox = self.sandbox(id)?;
+        // A transition under way writes the same row, and may end in another state.
+        let _transition = sandbox.machine.lock().await;
+        sandbox.expect(State::Running, "timeout")?;
         let expires_at = time::OffsetDateTime::now_utc() + timeout;
         let data = sandbox.update(|d| {
             d.timeout_seconds = timeout.as_secs();
             d.expires_at = expires_at;
         });
-        let stage = match sandbox.state() {
-            State::Paused | State::Resuming => db::Stage::Paused,
-            _ => db::Stage::Claimed,
-        };
-        self.context.db.vm_sandbox(id, stage, &data).await?;
-        self.expiries.set(id, Instant::now() + timeout);
+        self.context.db.vm_sandbox(id, db::Stage::Claimed, &data).await?;
+        self.expiries.set(id, sandbox.ends_at());
         Ok(())
     }
 
@@ -294,7 +306,7 @@ impl Engine {
     pub async fn delete(self: &Arc<Self>, id: &str) -> Result<(), SandboxError> {
         let sandbox = self.sandbox(id)?;
         let engine = Arc::clone(self);
-        let work = tokio::spawn(async move { engine.remove(sandbox, "deleted").await });
+        let work = tokio::spawn(async move { engine.remove(sandbox, "deleted", None).await });
         match work.await {
             Ok(done) => done,
             // The task panicked; the VM is still listed and can be deleted again.
@@ -302,23 +314,32 @@ impl Engine {
         }
     }
 
+    /// Removes a sandbox; with `only`, only if it is still in that state once its turn has come.
     async fn remove(
         &self,
         sandbox: Arc<Sandbox>,
         reason: &'static str,
+        only: Option<State>,
     ) -> Result<(), SandboxError> {
         let id = sandbox.data().id;
         let mut machine = sandbox.machine.lock().await;
-        if sandbox.state() == State::Deleting {
-            return Err(SandboxError::NotFound(id));
+        if let Some(wanted) = only {
+            sandbox.expect(wanted, reason)?;
         }
-        sandbox.set_state(State::Deleting);
+        sandbox.apply(Event::Delete)?;
         sandbox.set_agent(None);
         failpoint::reached("delete.begun").await;
         if let Some(machine) = machine.take() {
             machine.destroy().await;
         }
         failpoint::reached("delete.killed").await;
+        // Before anything else of what is on disk: without it, the rest is noise.
+        // One whose pause failed half-way may be there too, under the same name.
+        let key = sandbox.data().key.unwrap_or_else(|| id.clone());
+        if self.context.keys.exists(&key) {
+            self.destroy_key(&key);
+        }
+        failpoint::reached("delete.key_destroyed").await;
         self.expiries.clear(&id);
         self.sandboxes.remove(&id);
         self.context.db.vm_gone(&id).await?;
@@ -353,7 +374,7 @@ impl Engine {
                 continue;
             }
             let engine = Arc::clone(self);
-            removals.spawn(async move { engine.remove(sandbox, "shutdown").await });
+            removals.spawn(async move { engine.remove(sandbox, "shutdown", None).await });
         }
         while let Some(done) = removals.join_next().await {
             if let Ok(Err(e)) = done {

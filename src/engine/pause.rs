@@ -1,11 +1,5 @@
-//! Pause and resume: a sandbox to disk and back, the same processes, the same files.
-//!
-//! ```text
-//! running --pause--> pausing --written, noted, VM killed--> paused
-//!    ^                  | not written: the VM runs on          | resume
-//!    +------------------+                                      v
-//!    +<----noted, handed over---------------------------- resuming
-//! ```
+//! Pause and resume: a sandbox to disk and back, the same processes, the same files. The states are in
+//! [`super::state`].
 //!
 //! The order of a pause is what makes a crash harmless: the snapshot is published, then the
 //! database says "paused", then the VM is killed. Until the database says so the VM is there; from
@@ -21,9 +15,10 @@ use sha2::{Digest, Sha256};
 
 use super::db::{DbError, Stage};
 use super::lifecycle::{Machine, RestoreError, Spawned, Timings, millis};
-use super::sandbox::{Origin, Sandbox, State};
+use super::sandbox::{Origin, Sandbox};
+use super::state::Event;
 use super::template::ReadyTemplate;
-use super::workspace::{Scratch, WorkspaceError};
+use super::workspace::WorkspaceError;
 use super::{Engine, SandboxError, ids};
 use crate::failpoint;
 
@@ -63,9 +58,9 @@ impl Engine {
 
     async fn pause_now(&self, sandbox: &Sandbox) -> Result<(), TransitionError> {
         let mut slot = sandbox.machine.lock().await;
-        let machine = expect(sandbox, slot.as_ref(), State::Running, "pause")?;
+        sandbox.apply(Event::Pause)?;
+        let machine = machine_of(sandbox, slot.as_ref())?;
         let started = Instant::now();
-        sandbox.set_state(State::Pausing);
         sandbox.set_agent(None);
         failpoint::reached("pause.begun").await;
         let id = sandbox.data().id;
@@ -76,8 +71,11 @@ impl Engine {
                     machine.destroy().await;
                 }
                 failpoint::reached("pause.killed").await;
-                sandbox.set_state(State::Paused);
+                sandbox.end(Event::Written);
                 self.expiries.clear(&id);
+                if let Some(key) = sandbox.data().key {
+                    self.context.keys.forget(&key);
+                }
                 metrics::histogram!("rethaw_pause_duration_seconds")
                     .record(started.elapsed().as_secs_f64());
                 Ok(())
@@ -90,13 +88,13 @@ impl Engine {
                         if let Some(machine) = slot.as_mut() {
                             machine.agent = agent;
                         }
-                        sandbox.set_state(State::Running);
+                        sandbox.end(Event::Thawed);
                     }
                     // It will not come back: its death is noticed like any other.
                     Err(thaw) => {
                         tracing::error!(sandbox = %id, "and cannot be thawed: {thaw}");
                         machine.vm.kill().await;
-                        sandbox.set_state(State::Running);
+                        sandbox.end(Event::Thawed);
                     }
                 }
                 Err(e)
@@ -112,27 +110,35 @@ impl Engine {
     ) -> Result<(), TransitionError> {
         let data = sandbox.data();
         let (base, source) = self.source_of(&data.template, &data.restored_from)?;
-        self.freeze(machine, &data.id).await?;
-        let frozen = Instant::now();
-        failpoint::reached("pause.frozen").await;
         let mut timings = Timings::new();
-        let written =
-            self.write_workspace(machine, &base, &source, Scratch::Take, &mut timings).await;
-        let (draft, manifest) = written?;
+        let stop = async {
+            self.freeze(machine, &data.id).await?;
+            timings.insert("freeze".to_owned(), millis(started.elapsed()));
+            Ok::<_, TransitionError>(())
+        };
+        // A first key has to be written and synced; the guest need not stand still for that alone.
+        // Neither is given up for the other: a stop that was begun has to end before it is undone.
+        let (stopped, key) = tokio::join!(stop, self.key_of(&data));
+        let ((), key) = (stopped?, key?);
+        failpoint::reached("pause.frozen").await;
+        let key_name = key.as_ref().map(|key| key.name.clone());
+        let sources = (&*base, &source);
+        let written = self.write_workspace(machine, ids::new_id(), sources, key, &mut timings);
+        let (draft, manifest) = written.await?;
         failpoint::reached("pause.written").await;
         let since = Instant::now();
         let manifest = self.publish(draft, manifest).await?;
         timings.insert("publish".to_owned(), millis(since.elapsed()));
         failpoint::reached("pause.published").await;
-        let old = data.paused_in;
+        let before = data;
         let data = sandbox.update(|d| {
             d.paused_in = Some(manifest.id.clone());
+            d.key = key_name;
             d.timings_ms = timings;
-            d.timings_ms.insert("freeze".to_owned(), millis(frozen - started));
             d.timings_ms.insert("total".to_owned(), millis(started.elapsed()));
         });
-        if let Err(e) = self.context.db.vm_sandbox(&data.id, Stage::Paused, &data).await {
-            sandbox.update(|d| d.paused_in.clone_from(&old));
+        if let Err(e) = self.context.db.vm_paused(&data.id, &data).await {
+            sandbox.update(|d| *d = before);
             self.drop_workspace(&manifest.id);
             return Err(e.into());
         }
@@ -193,12 +199,13 @@ impl Engine {
         timeout: Option<Duration>,
     ) -> Result<String, TransitionError> {
         let mut slot = sandbox.machine.lock().await;
-        let data = sandbox.data();
-        let (State::Paused, Some(snapshot)) = (sandbox.state(), data.paused_in.clone()) else {
-            return Err(wrong_state(sandbox, "resume", State::Paused).into());
-        };
         let started = Instant::now();
-        sandbox.set_state(State::Resuming);
+        sandbox.apply(Event::Resume)?;
+        let data = sandbox.data();
+        let Some(snapshot) = data.paused_in.clone() else {
+            sandbox.end(Event::Failed);
+            return Err(SandboxError::NotFound(data.id).into());
+        };
         failpoint::reached("resume.begun").await;
         let token = ids::new_secret("sbx");
         match self.restore_paused(sandbox, &snapshot, &token, timeout, started).await {
@@ -206,21 +213,20 @@ impl Engine {
                 let process = Arc::clone(&machine.vm);
                 sandbox.set_agent(Some(machine.agent.clone()));
                 *slot = Some(machine);
-                sandbox.set_state(State::Running);
+                sandbox.end(Event::Revived);
                 drop(slot);
                 self.watch_sandbox(sandbox, process);
                 if data.restored_from != snapshot {
                     self.drop_workspace(&data.restored_from);
                 }
-                let left = sandbox.data().expires_at - time::OffsetDateTime::now_utc();
-                let left = Duration::try_from(left).unwrap_or_default();
-                self.expiries.set(&data.id, Instant::now() + left);
+                sandbox.touch();
+                self.expiries.set(&data.id, sandbox.ends_at());
                 metrics::histogram!("rethaw_resume_duration_seconds")
                     .record(started.elapsed().as_secs_f64());
                 Ok(token)
             }
             Err(e) => {
-                sandbox.set_state(State::Paused);
+                sandbox.end(Event::Failed);
                 tracing::error!(sandbox = %data.id, "resume: {e}; the sandbox stays paused");
                 Err(e)
             }
@@ -279,22 +285,13 @@ pub(super) fn resume_request(token: Option<&str>) -> ResumeRequest {
     }
 }
 
-fn wrong_state(sandbox: &Sandbox, action: &'static str, wanted: State) -> SandboxError {
-    let (id, state) = (sandbox.data().id, sandbox.state());
-    if state == State::Deleting {
-        return SandboxError::NotFound(id);
-    }
-    SandboxError::WrongState { id, state, action, wanted: wanted.as_str() }
-}
-
-pub(super) fn expect<'a>(
+/// The machine of a sandbox that was running when its transition began.
+pub(super) fn machine_of<'a>(
     sandbox: &Sandbox,
     machine: Option<&'a Machine>,
-    wanted: State,
-    action: &'static str,
 ) -> Result<&'a Machine, SandboxError> {
-    match machine {
-        Some(machine) if sandbox.state() == wanted => Ok(machine),
-        _ => Err(wrong_state(sandbox, action, wanted)),
-    }
+    machine.ok_or_else(|| {
+        sandbox.end(Event::Thawed);
+        SandboxError::NotFound(sandbox.data().id)
+    })
 }

@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use snapshotter::process::{Process, ProcessId, start_time};
 use snapshotter::vmm::Vm;
@@ -24,26 +24,50 @@ impl Engine {
     /// Takes back or removes whatever an earlier service left.
     pub(super) async fn recover(self: &Arc<Self>) -> Result<(), StartError> {
         let rows = self.context.db.vms().await?;
+        // What an interrupted request made is nobody's: its reply, with id and token, was never
+        // sent. The client will send it again.
+        let interrupted = self.context.db.idempotency_interrupted().await?;
+        let unanswered = |row: &VmRow| {
+            let made_by = row.sandbox.as_ref().and_then(|s| s.made_by.as_ref());
+            made_by.is_some_and(|name| interrupted.contains(name))
+        };
         let mut known = HashSet::new();
         for row in rows {
             match row.stage {
+                _ if unanswered(&row) => self.remove_leftover(&row).await?,
                 Stage::Claimed => {
                     let id = row.id.clone();
                     if self.take_back(row).await? {
                         known.insert(id);
                     }
                 }
-                Stage::Paused => {
-                    if let (Some(data), Some(identity)) = (row.sandbox, row.identity) {
-                        let sandbox = Arc::new(Sandbox::paused(data, identity));
-                        self.sandboxes.insert(row.id, sandbox);
-                    }
-                }
+                Stage::Paused => self.list_paused(row).await?,
                 // Nobody was promised these: they are cheaper to make again than to trust.
                 Stage::Starting | Stage::Parked => self.remove_leftover(&row).await?,
             }
         }
         self.sweep(&known).await
+    }
+
+    /// Shows a paused sandbox again; its VM may still be there when the service was killed before it
+    /// had killed that, or while it brought the sandbox back.
+    async fn list_paused(&self, row: VmRow) -> Result<(), DbError> {
+        if let Some(record) = &row.record {
+            kill_if_same(record.process).await;
+            drop(RunDir::adopt(record.run_dir.clone()));
+        }
+        self.pager.remove_vm(&row.id);
+        let (Some(data), Some(identity)) = (row.sandbox, row.identity) else {
+            tracing::error!(sandbox = %row.id, "its record is incomplete");
+            return self.context.db.vm_gone(&row.id).await;
+        };
+        // Its removal was under way: the key goes first.
+        if data.key.as_ref().is_some_and(|key| !self.context.keys.exists(key)) {
+            tracing::info!(sandbox = %row.id, "its key is destroyed: removing the rest");
+            return self.context.db.vm_gone(&row.id).await;
+        }
+        self.sandboxes.insert(row.id, Arc::new(Sandbox::paused(data, identity)));
+        Ok(())
     }
 
     /// Reconnects to a claimed sandbox's VM; one that does not answer is removed.
@@ -70,12 +94,10 @@ impl Engine {
         };
         match attempt.await {
             Ok((data, identity, machine)) => {
-                let left = data.expires_at - time::OffsetDateTime::now_utc();
-                let left = Duration::try_from(left).unwrap_or_default();
                 let process = Arc::clone(&machine.vm);
                 let sandbox = Arc::new(Sandbox::running(data, identity, machine));
                 self.sandboxes.insert(row.id.clone(), Arc::clone(&sandbox));
-                self.expiries.set(&row.id, Instant::now() + left);
+                self.expiries.set(&row.id, sandbox.ends_at());
                 self.watch_sandbox(&sandbox, process);
                 metrics::counter!("rethaw_vms_recovered_total", "outcome" => "serving")
                     .increment(1);

@@ -1,16 +1,21 @@
 //! One sandbox: what its user sees, and the machine behind it.
 
 use std::collections::BTreeMap;
-use std::sync::RwLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+use std::time::{Duration, Instant};
 
 use guest_agent::client::AgentClient;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
-use tokio::sync::Mutex;
+use tokio::sync::Mutex as AsyncMutex;
 use utoipa::ToSchema;
 
+use super::SandboxError;
 use super::db::StoredIdentity;
 use super::lifecycle::{Machine, Timings};
+use super::state::Event;
+pub use super::state::State;
 
 /// Where the machine came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -49,36 +54,6 @@ pub enum OnTimeout {
     Pause,
 }
 
-/// The states a user sees.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-#[schema(as = SandboxState)]
-pub enum State {
-    /// Commands run.
-    Running,
-    /// On its way to disk.
-    Pausing,
-    /// On disk, memory freed.
-    Paused,
-    /// On its way back.
-    Resuming,
-    /// Being removed.
-    Deleting,
-}
-
-impl State {
-    /// Its name in the API.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Running => "running",
-            Self::Pausing => "pausing",
-            Self::Paused => "paused",
-            Self::Resuming => "resuming",
-            Self::Deleting => "deleting",
-        }
-    }
-}
-
 /// What is stored of a sandbox.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SandboxData {
@@ -114,6 +89,50 @@ pub struct SandboxData {
     /// Snapshot it is paused in.
     #[serde(default)]
     pub paused_in: Option<String>,
+    /// Name of the key that its snapshots are encrypted with, from its first pause on.
+    #[serde(default)]
+    pub key: Option<String>,
+    /// Its time is also up when it was not used for this long.
+    #[serde(default)]
+    pub idle_timeout_seconds: Option<u64>,
+    /// Name of the request that it was made for, when that one can be sent again.
+    #[serde(default)]
+    pub made_by: Option<String>,
+}
+
+/// When a sandbox was used last, and how often it is in use now.
+#[derive(Debug)]
+struct Activity {
+    last: Mutex<Instant>,
+    open: AtomicUsize,
+}
+
+impl Activity {
+    fn new() -> Arc<Self> {
+        Arc::new(Self { last: Mutex::new(Instant::now()), open: AtomicUsize::new(0) })
+    }
+
+    fn touch(&self) {
+        *self.last.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Instant::now();
+    }
+
+    fn last(&self) -> Instant {
+        if self.open.load(Ordering::Relaxed) > 0 {
+            return Instant::now();
+        }
+        *self.last.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// A sandbox is in use, and not idle, for as long as one of these lives.
+#[derive(Debug)]
+pub struct InUse(Arc<Activity>);
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.0.touch();
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// A sandbox.
@@ -124,9 +143,10 @@ pub struct Sandbox {
     identity: StoredIdentity,
     state: RwLock<State>,
     agent: RwLock<Option<AgentClient>>,
+    activity: Arc<Activity>,
     /// The machine; `None` while paused or gone. Held for as long as a transition takes: this lock
     /// is what makes transitions of one sandbox happen one after the other.
-    pub(super) machine: Mutex<Option<Machine>>,
+    pub(super) machine: AsyncMutex<Option<Machine>>,
 }
 
 fn read<T: Clone>(lock: &RwLock<T>) -> T {
@@ -145,7 +165,8 @@ impl Sandbox {
             identity,
             state: RwLock::new(State::Running),
             agent: RwLock::new(Some(machine.agent.clone())),
-            machine: Mutex::new(Some(machine)),
+            activity: Activity::new(),
+            machine: AsyncMutex::new(Some(machine)),
         }
     }
 
@@ -156,7 +177,8 @@ impl Sandbox {
             identity,
             state: RwLock::new(State::Paused),
             agent: RwLock::new(None),
-            machine: Mutex::new(None),
+            activity: Activity::new(),
+            machine: AsyncMutex::new(None),
         }
     }
 
@@ -182,13 +204,72 @@ impl Sandbox {
         read(&self.state)
     }
 
-    pub(super) fn set_state(&self, state: State) {
-        write(&self.state, state);
+    /// Changes the state as [`State::after`] has it; what the table does not have is refused.
+    pub(super) fn apply(&self, event: Event) -> Result<State, SandboxError> {
+        let mut state = self.state.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        match state.after(event) {
+            Some(next) => {
+                *state = next;
+                Ok(next)
+            }
+            None => {
+                let was = *state;
+                drop(state);
+                Err(self.wrong_state(was, event))
+            }
+        }
     }
 
-    /// Connection to its agent while it runs.
+    /// Refuses what needs another state than the present one.
+    pub(super) fn expect(&self, wanted: State, action: &'static str) -> Result<(), SandboxError> {
+        let (id, state) = (self.data().id, self.state());
+        match state {
+            _ if state == wanted => Ok(()),
+            State::Deleting => Err(SandboxError::NotFound(id)),
+            _ => Err(SandboxError::WrongState { id, state, action, wanted: wanted.as_str() }),
+        }
+    }
+
+    fn wrong_state(&self, state: State, event: Event) -> SandboxError {
+        let id = self.data().id;
+        if state == State::Deleting {
+            return SandboxError::NotFound(id);
+        }
+        SandboxError::WrongState { id, state, action: event.as_str(), wanted: event.wanted() }
+    }
+
+    /// Ends a transition. That it can end like this was made sure of when it began.
+    pub(super) fn end(&self, event: Event) {
+        if let Err(e) = self.apply(event) {
+            tracing::error!("{e}");
+        }
+    }
+
+    /// Connection to its agent while it runs. Whoever asks uses the sandbox; hold an
+    /// [`Sandbox::in_use`] besides for what lasts.
     pub fn agent(&self) -> Option<AgentClient> {
+        self.activity.touch();
         if self.state() == State::Running { read(&self.agent) } else { None }
+    }
+
+    /// Keeps it from being idle.
+    pub fn in_use(&self) -> InUse {
+        self.activity.open.fetch_add(1, Ordering::Relaxed);
+        InUse(Arc::clone(&self.activity))
+    }
+
+    /// When its time is up, as things are now: at its end, or when it has been idle for too long.
+    pub(super) fn ends_at(&self) -> Instant {
+        let data = self.data();
+        let left = data.expires_at - OffsetDateTime::now_utc();
+        let end = Instant::now() + Duration::try_from(left).unwrap_or_default();
+        let idle = data.idle_timeout_seconds.map(Duration::from_secs);
+        idle.map_or(end, |idle| end.min(self.activity.last() + idle))
+    }
+
+    /// It is used from now on, whatever was before.
+    pub(super) fn touch(&self) {
+        self.activity.touch();
     }
 
     pub(super) fn set_agent(&self, agent: Option<AgentClient>) {

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use snapshotter::manifest::{self, Manifest};
 use snapshotter::vmm::{MachineSize, MemoryBackend};
 use time::OffsetDateTime;
+use uffd_handler::source::LayerFiles;
 use uffd_handler::supervisor::MemoryPlan;
 use utoipa::ToSchema;
 
@@ -72,6 +73,8 @@ pub struct ReadyTemplate {
     pub root_disk: PathBuf,
     /// Writable disk to copy.
     pub scratch: PathBuf,
+    /// What is written over the copy, bottom first.
+    pub disk_deltas: Vec<LayerFiles>,
     /// Size of the machine.
     pub size: MachineSize,
 }
@@ -89,6 +92,7 @@ impl ReadyTemplate {
             backend: MemoryBackend::Uffd,
             root_disk,
             scratch: dir.join(manifest::SCRATCH),
+            disk_deltas: Vec::new(),
             size: manifest.size,
             manifest,
         }

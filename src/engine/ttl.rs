@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
-use super::Engine;
-use super::sandbox::OnTimeout;
+use super::sandbox::{OnTimeout, State};
+use super::{Engine, TransitionError};
 
 /// When a sandbox that could not be paused at its expiry is tried again.
 const PAUSE_RETRY: Duration = Duration::from_secs(30);
@@ -95,16 +95,27 @@ impl Engine {
 
     async fn expire(self: Arc<Self>, id: &str) {
         let Ok(sandbox) = self.sandbox(id) else { return };
+        // It was used since, or its time was changed.
+        let ends_at = sandbox.ends_at();
+        if ends_at > Instant::now() {
+            self.expiries.set(id, ends_at);
+            return;
+        }
         if sandbox.data().on_timeout == OnTimeout::Pause {
             match self.pause(id).await {
                 Ok(_) => return,
+                // It is paused or deleted already; what comes next sets the next deadline.
+                Err(TransitionError::Sandbox(e)) => {
+                    return tracing::debug!(sandbox = id, "pause at expiry: {e}");
+                }
                 Err(e) => tracing::error!(sandbox = id, "pause at expiry: {e}"),
             }
             // Not deleted: its user asked to keep it. It gets another try.
             self.expiries.set(id, Instant::now() + PAUSE_RETRY);
             return;
         }
-        if let Err(e) = self.remove(sandbox, "expired").await {
+        // Somebody may have paused it just now: then it has no end.
+        if let Err(e) = self.remove(sandbox, "expired", Some(State::Running)).await {
             tracing::warn!(sandbox = id, "expiry: {e}");
         }
     }

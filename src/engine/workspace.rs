@@ -1,28 +1,38 @@
 //! Snapshots of users' machines: what a pause and a fork write, and what a resume and a clone are
 //! restored from.
 //!
-//! A workspace snapshot holds only what differs from its template: device state, memory deltas,
-//! the scratch disk. It carries every delta between the template and itself (as hard links), so
-//! that nothing but the template has to outlive it.
+//! A workspace snapshot holds only what differs from its template: device state, memory deltas, disk
+//! deltas. It carries every delta between the template and itself (as hard links), so that nothing
+//! but the template has to outlive it.
+//!
+//! All of it is encrypted under one key: the sandbox's own for a pause, the snapshot's own for a
+//! fork. Deltas below that were written with another key are merged into the new ones instead of
+//! linked, so that destroying one key takes just what belongs to it.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use snapshotter::delta::{self, DeltaError};
-use snapshotter::disk;
-use snapshotter::manifest::{DELTA, FORMAT, Manifest, ManifestError, SCRATCH, VMSTATE};
+use snapshotter::manifest::{
+    DELTA, DISK_DELTA, FORMAT, FileEntry, Manifest, ManifestError, SCRATCH, VMSTATE,
+};
 use snapshotter::store::{Draft, PublishError};
 use snapshotter::vmm::VmmError;
-use uffd_handler::source::LayerFiles;
+use uffd_handler::seal::Key;
+use uffd_handler::source::{LayerFiles, MemoryLayers};
 
+use super::Engine;
+use super::keyring::{Keyring, KeyringError};
 use super::lifecycle::{Machine, Timings, millis};
+use super::sandbox::SandboxData;
 use super::template::ReadyTemplate;
-use super::{Engine, ids};
 
 /// Deltas in a workspace before they are merged into one: each costs every page lookup a search.
-const MAX_DELTAS: usize = 4;
+const MAX_DELTAS: usize = 8;
 
 /// Why a machine could not be written to disk, or found there again.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +46,9 @@ pub enum WorkspaceError {
     /// Publication.
     #[error(transparent)]
     Publish(#[from] PublishError),
+    /// Its key.
+    #[error(transparent)]
+    Key(#[from] KeyringError),
     /// The snapshot does not fit or is damaged.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
@@ -59,54 +72,87 @@ fn file(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Works
     move |source| WorkspaceError::File { what, path, source }
 }
 
-/// What happens to the scratch disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Scratch {
-    /// The VM ends: the file itself goes into the snapshot.
-    Take,
-    /// The VM lives on: a copy goes into the snapshot.
-    Copy,
+/// Waits for work on a thread that may block.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(e) => std::panic::resume_unwind(e.into_panic()),
+    }
+}
+
+/// What a workspace is encrypted with.
+#[derive(Debug, Clone)]
+pub(super) struct WriteKey {
+    pub(super) name: String,
+    key: Key,
 }
 
 impl Engine {
-    /// Writes a paused VM into a draft: state, memory delta, disk.
+    /// A new key of that name; `None` when nothing is to be encrypted.
+    pub(super) async fn new_key(&self, name: &str) -> Result<Option<WriteKey>, WorkspaceError> {
+        if !self.config.encrypt_workspaces {
+            return Ok(None);
+        }
+        let (keys, name) = (Arc::clone(&self.context.keys), name.to_owned());
+        let made = move || keys.create(&name).map(|key| Some(WriteKey { name, key }));
+        Ok(blocking(made).await?)
+    }
+
+    /// A sandbox's key: what it has written must open with the same one.
+    pub(super) async fn key_of(
+        &self,
+        data: &SandboxData,
+    ) -> Result<Option<WriteKey>, WorkspaceError> {
+        let Some(name) = data.key.clone().filter(|_| self.config.encrypt_workspaces) else {
+            return self.new_key(&data.id).await;
+        };
+        let keys = Arc::clone(&self.context.keys);
+        let found = move || keys.unwrap(&name).map(|key| Some(WriteKey { name, key }));
+        Ok(blocking(found).await?)
+    }
+
+    /// Writes a paused VM into a draft of this id: state, memory delta, disk delta.
     pub(super) async fn write_workspace(
         &self,
         machine: &Machine,
-        base: &ReadyTemplate,
-        source: &ReadyTemplate,
-        scratch: Scratch,
+        id: String,
+        (base, source): (&ReadyTemplate, &ReadyTemplate),
+        key: Option<WriteKey>,
         timings: &mut Timings,
     ) -> Result<(Draft, Manifest), WorkspaceError> {
-        let id = ids::new_id();
         let draft =
             self.store.draft(&id).map_err(file("cannot make", self.store.dir(&id).as_path()))?;
-        for (phase, took) in machine.vm.snapshot(draft.dir()).await?.phases {
+        let disk = self.write_disk(machine, base, source, draft.dir(), key.clone());
+        let cipher = key.as_ref().map(|k| &k.key);
+        let state =
+            async { Ok::<_, WorkspaceError>(machine.vm.snapshot(draft.dir(), cipher).await?) };
+        // Both take a processor for as long as they last.
+        let (written, (disk_digest, disk_time)) = tokio::try_join!(state, disk)?;
+        for (phase, took) in written.phases {
             timings.insert(phase.to_owned(), millis(took));
         }
+        timings.insert("disk".to_owned(), millis(disk_time));
         let since = Instant::now();
-        let disk = machine.dir().scratch();
-        let target = draft.dir().join(SCRATCH);
-        let copied = match scratch {
-            Scratch::Take => std::fs::hard_link(&disk, &target),
-            Scratch::Copy => {
-                let (from, to) = (disk.clone(), target);
-                let work = move || disk::clone_file(&from, &to).map(drop);
-                let done = tokio::task::spawn_blocking(work).await;
-                done.map_err(std::io::Error::other).and_then(|inner| inner)
+        let mut stack = Stack {
+            keys: Arc::clone(&self.context.keys),
+            key,
+            linked: source.manifest.files.clone(),
+            draft,
+        };
+        let digests = [(DELTA, written.delta_digest), (DISK_DELTA, Some(disk_digest))];
+        for (name, digest) in digests {
+            if let Some(digest) = digest {
+                stack.note(name, digest)?;
             }
-        };
-        copied.map_err(file("cannot keep", &disk))?;
-        timings.insert("disk".to_owned(), millis(since.elapsed()));
-        let since = Instant::now();
-        let below = source.own_layers(base);
-        let (dir, layers) = (draft.dir().to_owned(), base.memory.layers.clone());
-        let bytes = base.size.memory_bytes;
-        let work = move || stack_deltas(&dir, &layers, &below, bytes);
-        let memory_layers = match tokio::task::spawn_blocking(work).await {
-            Ok(done) => done?,
-            Err(e) => std::panic::resume_unwind(e.into_panic()),
-        };
+        }
+        let memory = (base.memory.layers.clone(), source.own_layers(base), base.size.memory_bytes);
+        let disk = (base.disk_chain(), source.own_disk_deltas(base), source.disk_bytes()?);
+        let stacked = blocking(move || {
+            let memory = stack.up(DELTA, memory)?;
+            let disk = stack.up(DISK_DELTA, disk)?;
+            Ok::<_, WorkspaceError>((memory, disk, stack))
+        });
+        let (memory_layers, disk_layers, Stack { draft, key, .. }) = stacked.await?;
         timings.insert("stack".to_owned(), millis(since.elapsed()));
         let manifest = Manifest {
             format: FORMAT,
@@ -119,10 +165,37 @@ impl Engine {
             image_digests: base.manifest.image_digests.clone(),
             files: Default::default(),
             memory_layers,
+            disk_layers,
+            key: key.map(|k| k.name),
             boot: None,
             frozen_identity: Default::default(),
         };
         Ok((draft, manifest))
+    }
+
+    /// Writes what changed on the disk since `source`; gives the digest and the time it took.
+    async fn write_disk(
+        &self,
+        machine: &Machine,
+        base: &ReadyTemplate,
+        source: &ReadyTemplate,
+        into: &Path,
+        key: Option<WriteKey>,
+    ) -> Result<([u8; 32], Duration), WorkspaceError> {
+        let since = Instant::now();
+        let (disk, data) = (machine.dir().scratch(), into.join(DISK_DELTA));
+        let (flat, keys) = (base.scratch.clone(), Arc::clone(&self.context.keys));
+        let mut below = base.disk_chain();
+        below.extend(source.own_disk_deltas(base));
+        let bytes = source.disk_bytes()?;
+        let work = move || {
+            let disk = File::open(&disk).map_err(file("cannot read", &disk))?;
+            let flat = File::open(&flat).map_err(file("cannot read", &flat))?;
+            let below = MemoryLayers::open_with(&below, bytes, &*keys).map_err(DeltaError::from)?;
+            let key = key.as_ref().map(|k| &k.key);
+            Ok(delta::write_disk(&disk, &flat, &below, &data, key)?.digest)
+        };
+        blocking(work).await.map(|digest| (digest, since.elapsed()))
     }
 
     /// Publishes a draft on a thread that may block.
@@ -132,10 +205,7 @@ impl Engine {
         manifest: Manifest,
     ) -> Result<Manifest, WorkspaceError> {
         let store = self.store.clone();
-        match tokio::task::spawn_blocking(move || store.publish(draft, manifest)).await {
-            Ok(done) => Ok(done?),
-            Err(e) => std::panic::resume_unwind(e.into_panic()),
-        }
+        Ok(blocking(move || store.publish(draft, manifest)).await?)
     }
 
     /// What to restore a workspace snapshot with.
@@ -170,20 +240,44 @@ impl Engine {
         }
         // One that stands on nothing is a template's, also while its template is not known yet:
         // sandboxes end in the first moments of a service, too.
-        if !self.store.manifest(snapshot).is_ok_and(|m| m.parent.is_some()) {
+        let Some(manifest) = self.store.manifest(snapshot).ok().filter(|m| m.parent.is_some())
+        else {
             return;
+        };
+        // A fork's: the key goes first, and with it what the files hold.
+        if manifest.key.as_deref() == Some(snapshot) {
+            self.destroy_key(snapshot);
         }
         if let Err(e) = self.store.remove(snapshot) {
             tracing::warn!(snapshot, "cannot remove: {e}");
         }
     }
 
-    /// Removes the workspaces that nobody refers to: a service killed between writing one and noting
-    /// it leaves just that.
+    /// Destroys a key; what it opened is noise from then on.
+    pub(super) fn destroy_key(&self, name: &str) {
+        if let Err(e) = self.context.keys.destroy(name) {
+            tracing::error!(key = name, "not destroyed: {e}");
+        }
+    }
+
+    /// Removes the workspaces and the keys that nobody refers to: a service killed between writing
+    /// one and noting it leaves just that.
     pub(super) fn drop_orphans(&self) {
-        match self.store.list() {
-            Ok(snapshots) => snapshots.iter().for_each(|id| self.drop_workspace(id)),
-            Err(e) => tracing::warn!("cannot list snapshots: {e}"),
+        let snapshots = match self.store.list() {
+            Ok(snapshots) => snapshots,
+            Err(e) => return tracing::warn!("cannot list snapshots: {e}"),
+        };
+        snapshots.iter().for_each(|id| self.drop_workspace(id));
+        let sandboxes = self.sandboxes();
+        let keys = self.context.keys.ids().unwrap_or_else(|e| {
+            tracing::warn!("cannot list keys: {e}");
+            Vec::new()
+        });
+        for key in keys {
+            let wanted = sandboxes.iter().any(|s| s.data().key.as_deref() == Some(&key));
+            if !wanted && !self.store.dir(&key).exists() {
+                self.destroy_key(&key);
+            }
         }
     }
 
@@ -223,38 +317,80 @@ fn lock(pinned: &Mutex<HashSet<String>>) -> std::sync::MutexGuard<'_, HashSet<St
     pinned.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Puts the deltas that the new one stands on beside it, or merges them all when they are many.
-/// Returns their names, bottom first.
-fn stack_deltas(
-    dir: &Path,
-    base: &[LayerFiles],
-    below: &[LayerFiles],
-    memory_bytes: u64,
-) -> Result<Vec<String>, WorkspaceError> {
-    let top = dir.join(DELTA);
-    if below.len() + 1 >= MAX_DELTAS {
-        let mut deltas = below.to_vec();
-        deltas.push(delta::layer(&top));
-        let merged = dir.join("merged");
-        delta::merge(base, &deltas, memory_bytes, &merged)?;
+/// The deltas of a draft and those that they stand on.
+struct Stack {
+    keys: Arc<Keyring>,
+    key: Option<WriteKey>,
+    draft: Draft,
+    /// Entries of the files that are linked.
+    linked: BTreeMap<String, FileEntry>,
+}
+
+/// The chain of the template, what the source has above it, and the size of all.
+type Below = (Vec<LayerFiles>, Vec<LayerFiles>, u64);
+
+impl Stack {
+    /// Puts the deltas that the new one called `top` stands on beside it, or merges them all when
+    /// they are many or another's. Returns their names, bottom first.
+    fn up(&mut self, top: &str, (base, own, bytes): Below) -> Result<Vec<String>, WorkspaceError> {
+        let name = self.key.as_ref().map(|k| k.name.as_str());
+        let foreign = own.iter().any(|layer| layer.key() != name);
+        if foreign || own.len() + 1 >= MAX_DELTAS {
+            return self.merge(top, &base, own, bytes);
+        }
+        let mut names = Vec::new();
+        for (number, layer) in own.iter().enumerate() {
+            let name = format!("{top}.{number}");
+            let target = self.draft.dir().join(&name);
+            for (from, to) in layer.paths().iter().zip([target.clone(), delta::index_of(&target)]) {
+                std::fs::hard_link(from, &to).map_err(file("cannot link", from))?;
+                let known = |path: &Path| Some(path.file_name()?.to_str()?.to_owned());
+                if let (Some(was), Some(is)) = (known(from), known(&to))
+                    && let Some(entry) = self.linked.get(&was)
+                {
+                    self.draft.note(&is, entry.clone());
+                }
+            }
+            names.push(name);
+        }
+        names.push(top.to_owned());
+        Ok(names)
+    }
+
+    fn merge(
+        &mut self,
+        top: &str,
+        base: &[LayerFiles],
+        mut deltas: Vec<LayerFiles>,
+        bytes: u64,
+    ) -> Result<Vec<String>, WorkspaceError> {
+        let data = self.draft.dir().join(top);
+        let key = self.key.as_ref();
+        deltas.push(delta::layer(&data, key.map(|k| k.name.as_str())));
+        let merged = self.draft.dir().join("merged");
+        let key = key.map(|k| &k.key);
+        let summary = delta::merge(base, &deltas, bytes, &merged, &*self.keys, key)?;
         for (from, to) in
-            [(merged.clone(), top.clone()), (delta::index_of(&merged), delta::index_of(&top))]
+            [(merged.clone(), data.clone()), (delta::index_of(&merged), delta::index_of(&data))]
         {
             std::fs::rename(&from, &to).map_err(file("cannot rename", &from))?;
         }
-        return Ok(vec![DELTA.to_owned()]);
+        self.note(top, summary.digest)?;
+        Ok(vec![top.to_owned()])
     }
-    let mut names = Vec::new();
-    for (number, layer) in below.iter().enumerate() {
-        let LayerFiles::Delta { data, index } = layer else { continue };
-        let name = format!("{DELTA}.{number}");
-        let target = dir.join(&name);
-        std::fs::hard_link(data, &target).map_err(file("cannot link", data))?;
-        std::fs::hard_link(index, delta::index_of(&target)).map_err(file("cannot link", index))?;
-        names.push(name);
+
+    /// Notes the digest of a delta that was just written.
+    fn note(&mut self, name: &str, digest: [u8; 32]) -> Result<(), WorkspaceError> {
+        let path = self.draft.dir().join(name);
+        let meta = path.metadata().map_err(file("cannot look at", &path))?;
+        let entry = FileEntry {
+            digest: hex::encode(digest),
+            bytes: meta.len(),
+            allocated_bytes: meta.blocks() * 512,
+        };
+        self.draft.note(name, entry);
+        Ok(())
     }
-    names.push(DELTA.to_owned());
-    Ok(names)
 }
 
 impl ReadyTemplate {
@@ -275,14 +411,23 @@ impl ReadyTemplate {
         dir: Option<&Path>,
     ) -> ReadyTemplate {
         let mut memory = self.memory.clone();
+        let mut disk_deltas = self.disk_deltas.clone();
+        let mut scratch = self.scratch.clone();
         if let Some(dir) = dir {
-            memory.layers.extend(manifest.memory_layers.iter().map(|n| delta::layer(&dir.join(n))));
+            let layer = |name: &String| delta::layer(&dir.join(name), manifest.key.as_deref());
+            memory.layers.extend(manifest.memory_layers.iter().map(layer));
+            disk_deltas.extend(manifest.disk_layers.iter().map(layer));
+            if manifest.disk_layers.is_empty() {
+                scratch = dir.join(SCRATCH);
+                disk_deltas.clear();
+            }
         }
         let in_dir = |name: &str, else_: &Path| dir.map_or(else_.to_owned(), |d| d.join(name));
         ReadyTemplate {
             name: self.name.clone(),
             vmstate: in_dir(VMSTATE, &self.vmstate),
-            scratch: in_dir(SCRATCH, &self.scratch),
+            scratch,
+            disk_deltas,
             memory,
             memory_file: self.memory_file.clone(),
             backend: self.backend,
@@ -296,5 +441,23 @@ impl ReadyTemplate {
     /// The layers that this source has above `base`.
     fn own_layers(&self, base: &ReadyTemplate) -> Vec<LayerFiles> {
         self.memory.layers[base.memory.layers.len()..].to_vec()
+    }
+
+    /// Its disk as a chain of layers.
+    fn disk_chain(&self) -> Vec<LayerFiles> {
+        let flat = LayerFiles::Flat { memory: self.scratch.clone(), zero_map: None };
+        std::iter::once(flat).chain(self.disk_deltas.iter().cloned()).collect()
+    }
+
+    /// The disk deltas that this source has above `base`.
+    fn own_disk_deltas(&self, base: &ReadyTemplate) -> Vec<LayerFiles> {
+        // One that has a whole disk of its own has none.
+        let above = if self.scratch == base.scratch { base.disk_deltas.len() } else { usize::MAX };
+        self.disk_deltas.get(above..).unwrap_or_default().to_vec()
+    }
+
+    fn disk_bytes(&self) -> Result<u64, WorkspaceError> {
+        let meta = self.scratch.metadata().map_err(file("cannot look at", &self.scratch))?;
+        Ok(meta.len())
     }
 }

@@ -58,7 +58,8 @@ impl ApiKey {
     }
 }
 
-fn presented(headers: &HeaderMap) -> Option<&str> {
+/// The key that a request shows.
+pub fn presented(headers: &HeaderMap) -> Option<&str> {
     let bearer = headers
         .get(header::AUTHORIZATION)
         .and_then(|v| v.to_str().ok())

@@ -14,6 +14,7 @@ use utoipa::ToSchema;
 use super::request_id;
 use crate::engine::db::DbError;
 use crate::engine::lifecycle::RestoreError;
+use crate::engine::sandbox::State;
 use crate::engine::{CreateError, SandboxError, TransitionError, WorkspaceError};
 
 /// A refusal: the members of RFC 9457, and `code`, `message` and `error_code` besides
@@ -42,6 +43,10 @@ pub struct Problem {
     error_code: String,
     /// The same as `X-Request-Id`
     request_id: String,
+    /// State of the sandbox, when that is what forbids it
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    state: Option<State>,
 }
 
 /// Why one part of a reply is missing
@@ -62,6 +67,8 @@ pub struct ApiError {
     error_code: String,
     message: String,
     retry_after_seconds: Option<u32>,
+    /// State of the sandbox that refused a transition.
+    state: Option<State>,
 }
 
 impl ApiError {
@@ -72,10 +79,12 @@ impl ApiError {
             error_code: error_code.to_owned(),
             message: message.into(),
             retry_after_seconds: None,
+            state: None,
         }
     }
 
-    fn retry_after(mut self, seconds: u32) -> Self {
+    /// The same, with a hint when to come again.
+    pub fn retry_after(mut self, seconds: u32) -> Self {
         self.retry_after_seconds = Some(seconds);
         self
     }
@@ -135,6 +144,7 @@ impl IntoResponse for ApiError {
             message: self.message.clone(),
             error_code: self.error_code.clone(),
             request_id,
+            state: self.state,
         };
         if self.status.is_server_error() {
             tracing::warn!(code = %self.error_code, "{}", self.message);
@@ -166,8 +176,9 @@ impl From<SandboxError> for ApiError {
             SandboxError::NotFound(_) => {
                 Self::new(StatusCode::NOT_FOUND, "sandbox_not_found", message)
             }
-            SandboxError::WrongState { .. } => {
-                Self::new(StatusCode::CONFLICT, "wrong_state", message)
+            SandboxError::WrongState { state, .. } => {
+                let e = Self::new(StatusCode::CONFLICT, "wrong_state", message);
+                Self { state: Some(state), ..e }
             }
             SandboxError::Db(e) => e.into(),
         }
@@ -194,6 +205,7 @@ impl From<RestoreError> for ApiError {
         let message = e.to_string();
         let code = match e {
             RestoreError::Identity { .. } => "identity_not_proven",
+            RestoreError::Key(_) => "key_unavailable",
             _ => "restore_failed",
         };
         Self::new(StatusCode::SERVICE_UNAVAILABLE, code, message).retry_after(1)
@@ -209,6 +221,10 @@ impl From<TransitionError> for ApiError {
             TransitionError::Workspace(e @ WorkspaceError::NoTemplate(_)) => {
                 let status = StatusCode::SERVICE_UNAVAILABLE;
                 Self::new(status, "template_not_ready", e.to_string()).retry_after(5)
+            }
+            TransitionError::Workspace(e @ WorkspaceError::Key(_)) => {
+                let status = StatusCode::SERVICE_UNAVAILABLE;
+                Self::new(status, "key_unavailable", e.to_string()).retry_after(5)
             }
             TransitionError::Workspace(e) => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, "workspace_failed", e.to_string())

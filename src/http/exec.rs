@@ -22,7 +22,7 @@ use super::error::ApiError;
 use super::json::JsonBody;
 use super::openapi::{argv_schema, env_schema};
 use super::sandboxes::check_env;
-use crate::engine::sandbox::{Sandbox, State as SandboxState};
+use crate::engine::sandbox::{InUse, Sandbox, State as SandboxState};
 
 /// How long the guest may take to start a command.
 const START_DEADLINE: Duration = Duration::from_secs(30);
@@ -165,7 +165,8 @@ pub async fn exec(
         feed(&stream, bytes);
     }
     metrics::counter!("rethaw_exec_total").increment(1);
-    if query.buffered { buffered(stream).await } else { Ok(streamed(stream)) }
+    let in_use = sandbox.in_use();
+    if query.buffered { buffered(stream).await } else { Ok(streamed(stream, in_use)) }
 }
 
 /// Sends standard input beside the output being read, or both sides could wait for each other.
@@ -183,15 +184,15 @@ fn feed(stream: &ExecStream, bytes: Vec<u8>) {
 
 /// Frames as the guest wrote them, one a line. When the client goes away the stream is dropped, and
 /// with it the command.
-fn streamed(stream: ExecStream) -> Response {
-    let lines = futures_util::stream::unfold(Some(stream), |stream| async move {
-        let mut stream = stream?;
+fn streamed(stream: ExecStream, in_use: InUse) -> Response {
+    let lines = futures_util::stream::unfold(Some((stream, in_use)), |state| async move {
+        let (mut stream, in_use) = state?;
         match stream.next_line().await {
             Ok(Some(line)) => {
                 let mut out = Vec::with_capacity(line.len() + 1);
                 out.extend_from_slice(&line);
                 out.push(b'\n');
-                Some((Ok::<_, std::convert::Infallible>(Bytes::from(out)), Some(stream)))
+                Some((Ok::<_, std::convert::Infallible>(Bytes::from(out)), Some((stream, in_use))))
             }
             Ok(None) => None,
             Err(e) => Some((Ok(broken(&e)), None)),

@@ -90,13 +90,22 @@ pub async fn delete(
 }
 
 async fn pass(app: &App, id: &str, request: Request) -> Result<Response, ApiError> {
-    let agent = agent_of(&app.engine.sandbox(id)?, "files")?;
+    let sandbox = app.engine.sandbox(id)?;
+    let agent = agent_of(&sandbox, "files")?;
+    let in_use = sandbox.in_use();
     let query = request.uri().query().unwrap_or_default();
     if !query.split('&').any(|p| p.starts_with("path=") && p.len() > 5) {
         return Err(ApiError::invalid("path: missing; ask for /files?path=/absolute/path"));
     }
     let uri = format!("/files?{query}");
-    forward(&agent, request, &uri).await
+    let response = forward(&agent, request, &uri).await?;
+    // Held until the last byte has gone.
+    Ok(response.map(|body| {
+        Body::new(body.map_frame(move |frame| {
+            let _ = &in_use;
+            frame
+        }))
+    }))
 }
 
 /// Passes a request to the agent and its answer back.

@@ -12,6 +12,8 @@
 //! /v1/pools[/{template}]               pools.rs
 //! ```
 //!
+//! Every POST but exec takes an `Idempotency-Key`: see [`idempotency`].
+//!
 //! Engine errors become status codes here and nowhere else: see [`error`]. How a route gets into
 //! the OpenAPI document: see [`openapi`].
 
@@ -21,6 +23,7 @@ mod exec;
 mod files;
 #[allow(dead_code, reason = "its users come with the port proxy")]
 mod host;
+pub mod idempotency;
 mod json;
 mod openapi;
 mod ops;
@@ -61,7 +64,8 @@ pub struct App {
 /// All routes, ready to be served.
 pub fn router(app: App) -> Router {
     let key = axum::middleware::from_fn_with_state(app.clone(), auth::require_key);
-    let (router, _) = routes(|v1| v1.layer(key)).split_for_parts();
+    let once = axum::middleware::from_fn_with_state(app.clone(), idempotency::once);
+    let (router, _) = routes(|v1| v1.layer(once).layer(key)).split_for_parts();
     router
         .fallback(|| async { ApiError::route_not_found() })
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })

@@ -19,6 +19,11 @@ pub fn current() -> (String, String) {
     CURRENT.try_with(Clone::clone).unwrap_or_default()
 }
 
+/// Runs work that goes on for the present request on another task.
+pub fn carried<T>(work: impl Future<Output = T>) -> impl Future<Output = T> {
+    CURRENT.scope(current(), work)
+}
+
 /// Gives the request its id, counts it, and times it.
 pub async fn track(request: Request, next: Next) -> Response {
     let started = Instant::now();

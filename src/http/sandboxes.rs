@@ -16,6 +16,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::App;
 use super::error::ApiError;
+use super::idempotency;
 use super::json::JsonBody;
 use super::openapi::{env_schema, filters_schema, metadata_schema};
 use crate::engine::CreateRequest;
@@ -57,6 +58,10 @@ pub struct SandboxView {
     timeout_seconds: u64,
     /// What happens when it is over
     on_timeout: OnTimeout,
+    /// Its time is also up when it was not used for this long
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    idle_timeout_seconds: Option<u64>,
     /// VMM that runs it
     vmm: String,
     /// What makes it another machine than its siblings
@@ -103,6 +108,7 @@ impl SandboxView {
             expires_at: data.expires_at,
             timeout_seconds: data.timeout_seconds,
             on_timeout: data.on_timeout,
+            idle_timeout_seconds: data.idle_timeout_seconds,
             vmm: data.vmm,
             identity: IdentityView {
                 hostname: identity.values.hostname,
@@ -152,13 +158,20 @@ pub struct CreateBody {
     /// What happens when the life time is over
     #[serde(default)]
     on_timeout: OnTimeout,
+    /// Its time is also up when no command, file or connection used it for this long
+    #[schema(minimum = 1, maximum = 2_592_000)]
+    idle_timeout_seconds: Option<u64>,
 }
 
 /// Checks a life time against the service's limit.
 pub fn timeout(app: &App, seconds: u64) -> Result<Duration, ApiError> {
+    duration(app, "timeout_seconds", seconds)
+}
+
+fn duration(app: &App, field: &str, seconds: u64) -> Result<Duration, ApiError> {
     let max = app.engine.config().max_timeout.as_secs();
     if seconds == 0 || seconds > max {
-        let message = format!("timeout_seconds: {seconds} is not between 1 and {max}");
+        let message = format!("{field}: {seconds} is not between 1 and {max}");
         return Err(ApiError::invalid(message));
     }
     Ok(Duration::from_secs(seconds))
@@ -217,6 +230,8 @@ pub async fn create(
     JsonBody(body): JsonBody<CreateBody>,
 ) -> Result<Response, ApiError> {
     let timeout = timeout(&app, body.timeout_seconds.unwrap_or(DEFAULT_TIMEOUT_SECONDS))?;
+    let idle = body.idle_timeout_seconds;
+    let idle_timeout = idle.map(|s| duration(&app, "idle_timeout_seconds", s)).transpose()?;
     check_metadata(&body.metadata)?;
     check_env(&body.env)?;
     let request = CreateRequest {
@@ -225,6 +240,8 @@ pub async fn create(
         on_timeout: body.on_timeout,
         metadata: body.metadata,
         env: body.env,
+        idle_timeout,
+        made_by: idempotency::current(),
     };
     let created = app.engine.create(request).await?;
     let view = SandboxView::new(&created.sandbox, Some(created.access_token));
@@ -363,7 +380,8 @@ pub struct TimeoutBody {
     operation_id = "set_timeout", params(("id" = String, Path, description = "A sandbox", pattern = "^[a-z0-9]{20}$")),
     request_body = TimeoutBody,
     responses((status = 200, description = "The sandbox", body = SandboxView),
-        (status = 404, description = "`sandbox_not_found`")))]
+        (status = 404, description = "`sandbox_not_found`"),
+        (status = 409, description = "`wrong_state`: it is paused")))]
 pub async fn set_timeout(
     State(app): State<App>,
     Path(id): Path<String>,

@@ -9,6 +9,7 @@ use utoipa::ToSchema;
 
 use super::App;
 use super::error::{ApiError, Refusal};
+use super::idempotency;
 use super::json::JsonBody;
 use super::sandboxes::{SandboxView, timeout};
 
@@ -116,7 +117,7 @@ pub async fn fork(
         let message = format!("count: {} is not between 1 and {MAX_CLONES}", body.count);
         return Err(ApiError::invalid(message));
     }
-    let clones = app.engine.fork(&id, body.count).await?;
+    let clones = app.engine.fork(&id, body.count, idempotency::current()).await?;
     let items = clones
         .into_iter()
         .map(|clone| match clone {

@@ -86,6 +86,34 @@ impl Client {
         Reply { asked, status: head.status.as_u16(), headers: head.headers, body }
     }
 
+    /// Sends a request that may never be answered, because the service ends under it.
+    pub async fn post_unanswered(&self, path: &str, body: &Value) -> Option<u16> {
+        self.unanswered(path, body, None).await
+    }
+
+    /// The same with an idempotency key.
+    pub async fn post_keyed_unanswered(&self, key: &str, path: &str, body: &Value) -> Option<u16> {
+        self.unanswered(path, body, Some(key)).await
+    }
+
+    async fn unanswered(&self, path: &str, body: &Value, idempotency: Option<&str>) -> Option<u16> {
+        let mut request = Request::builder().method(Method::POST);
+        if let Some(idempotency) = idempotency {
+            request = request.header("idempotency-key", idempotency);
+        }
+        if let Some(key) = &self.key {
+            request = request.header("authorization", format!("Bearer {key}"));
+        }
+        let (path, request) = match path.strip_prefix("DELETE ") {
+            Some(path) => (path, request.method(Method::DELETE)),
+            None => (path, request),
+        };
+        let request = request.uri(format!("{}{path}", self.url));
+        let request = request.body(Full::new(Bytes::from(body.to_string()))).unwrap();
+        let reply = within(path, self.pooled.request(request)).await;
+        reply.ok().map(|reply| reply.status().as_u16())
+    }
+
     pub async fn json(&self, method: &str, path: &str, body: &Value) -> Reply {
         self.send(method, path, &[("content-type", "application/json")], body.to_string()).await
     }

@@ -13,10 +13,13 @@ mod process;
 mod service;
 
 mod commands;
+mod crash;
 mod death;
+mod encryption;
 mod exec;
 mod files;
 mod fork;
+mod idempotency;
 mod identity;
 mod identity_faults;
 mod identity_first;

@@ -178,3 +178,68 @@ async fn transitions_asked_for_at_once_happen_one_after_the_other() {
     assert_eq!(service.sh(&id, "echo here").await, "here");
     service.stop().await;
 }
+
+/// Ten; `RETHAW_TEST_CYCLES=200` for a soak.
+fn cycles() -> usize {
+    let set = std::env::var("RETHAW_TEST_CYCLES").ok();
+    set.and_then(|n| n.parse().ok()).unwrap_or(10)
+}
+
+#[tokio::test]
+async fn rapid_cycles_lose_nothing() {
+    let service = Service::start(0).await;
+    let id = service.create().await;
+    let sum = service.sh(&id, FILL).await;
+    let counter = service.sh(&id, COUNTER).await;
+    let holder = service.sh(&id, HOLDER).await;
+    for round in 1..=cycles() {
+        service.act(&id, "pause", &json!({})).await.expect(200);
+        service.act(&id, "resume", &json!({})).await.expect(200);
+        // The disk and the memory change a little, and the big part has to be read through all.
+        let script = format!("echo {round} >> /root/rounds; {SUM}; wc -l < /root/rounds");
+        assert_eq!(service.sh(&id, &script).await, format!("{sum}\n{round}"));
+    }
+    assert_eq!(
+        service.sh(&id, &format!("kill -0 {counter} {holder} && echo alive")).await,
+        "alive"
+    );
+    counts_on(&service, &id).await;
+    assert_eq!(snapshots(&service), 2);
+    assert_eq!(service.home().vm_dirs().iter().filter(|dir| **dir == id).count(), 1);
+    service.client().delete(&format!("/v1/sandboxes/{id}")).await;
+    assert_eq!(snapshots(&service), 1);
+    service.stop().await;
+}
+
+#[tokio::test]
+async fn an_idle_sandbox_is_paused_and_one_in_use_is_not() {
+    let service = Service::start(0).await;
+    let made =
+        service.create_with(&json!({ "idle_timeout_seconds": 2, "on_timeout": "pause" })).await;
+    assert_eq!(made["idle_timeout_seconds"], 2);
+    let id = id(&made);
+    let sum = service.sh(&id, FILL).await;
+    // Longer than the limit, and in use all the time.
+    service.exec(&id, &json!({ "argv": ["sleep", "5"] })).await;
+    assert_eq!(service.sandbox(&id).await.expect(200)["state"], "running");
+    let paused = async |service: &Service| {
+        service
+            .until("the idle sandbox is paused", async || {
+                (service.sandbox(&id).await.expect(200)["state"] == "paused").then_some(())
+            })
+            .await;
+    };
+    paused(&service).await;
+    // It has no end while it is paused; the time starts anew when it comes back.
+    let timeout = json!({ "timeout_seconds": 100 });
+    let refused = service.act(&id, "timeout", &timeout).await;
+    refused.refused(409, "wrong_state");
+    assert_eq!(refused.value()["state"], "paused");
+    service.act(&id, "resume", &json!({})).await.expect(200);
+    assert_eq!(service.sh(&id, SUM).await, sum);
+    paused(&service).await;
+    let wrong = json!({ "template": "base", "idle_timeout_seconds": 0 });
+    let refused = service.client().post("/v1/sandboxes", &wrong).await;
+    assert!(refused.refused(422, "invalid_field").contains("idle_timeout_seconds"));
+    service.stop().await;
+}

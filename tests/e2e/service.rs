@@ -81,7 +81,7 @@ impl Service {
     pub async fn start_on(home: Home, pool: u32, flags: &[&str], deadline: Duration) -> Self {
         let mut options = vec!["--pool-target".to_owned(), pool.to_string()];
         options.extend(flags.iter().map(|flag| (*flag).to_owned()));
-        let child = spawn(&home, &options, 0);
+        let child = spawn(&home, &options, 0, &[]);
         let client = Client::new(String::new(), None);
         let mut service = Self { child, client, options, starts: 0, home };
         service.wait_ready(deadline).await;
@@ -254,9 +254,19 @@ impl Service {
 
     /// Starts it again on the same home.
     pub async fn start_again(&mut self) {
+        self.start_again_with(&[]).await;
+    }
+
+    /// The same, with these environment variables.
+    pub async fn start_again_with(&mut self, env: &[(&str, &str)]) {
         self.starts += 1;
-        self.child = spawn(&self.home, &self.options, self.starts);
+        self.child = spawn(&self.home, &self.options, self.starts, env);
         self.wait_ready(DEADLINE).await;
+    }
+
+    /// Waits until it has ended by itself.
+    pub async fn died(&mut self) {
+        self.ended().await;
     }
 
     /// Stops it and looks whether anything is left.
@@ -289,7 +299,7 @@ impl Drop for Service {
     }
 }
 
-fn spawn(home: &Home, options: &[String], start: u32) -> Child {
+fn spawn(home: &Home, options: &[String], start: u32, env: &[(&str, &str)]) -> Child {
     let log = std::fs::File::create(home.path().join(format!("service-{start}.log"))).unwrap();
     let mut command = rethaw();
     command
@@ -298,6 +308,7 @@ fn spawn(home: &Home, options: &[String], start: u32) -> Child {
         .arg(home.path())
         .args(options)
         .env("NO_COLOR", "1")
+        .envs(env.iter().copied())
         .stdout(Stdio::null())
         .stderr(log);
     command.spawn().unwrap()

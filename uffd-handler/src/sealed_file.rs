@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
+use crate::seal::SealError;
+
 const DIGEST_LEN: usize = 32;
 const MAGIC_LEN: usize = 8;
 
@@ -48,9 +50,21 @@ pub enum SealedFileError {
         /// What is wrong.
         reason: String,
     },
+    /// It could not be encrypted.
+    #[error("{path}: {source}")]
+    Seal {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: SealError,
+    },
 }
 
 impl SealedFileError {
+    pub(crate) fn seal(path: &Path, source: SealError) -> Self {
+        Self::Seal { path: path.to_path_buf(), source }
+    }
+
     pub(crate) fn io(path: &Path) -> impl Fn(std::io::Error) -> Self + '_ {
         |source| Self::Io { path: path.to_path_buf(), source }
     }
@@ -58,6 +72,18 @@ impl SealedFileError {
     pub(crate) fn contents(path: &Path, reason: impl Into<String>) -> Self {
         Self::Contents { path: path.to_path_buf(), reason: reason.into() }
     }
+}
+
+/// Writes a new file that somebody else will sync, with what else is in its directory.
+pub fn write_unsynced(path: &Path, magic: &[u8; 8], payload: &[u8]) -> Result<(), SealedFileError> {
+    let digest = Sha256::new().chain_update(magic).chain_update(payload).finalize();
+    let write = || {
+        let mut file = File::create_new(path)?;
+        file.write_all(magic)?;
+        file.write_all(payload)?;
+        file.write_all(&digest)
+    };
+    write().map_err(SealedFileError::io(path))
 }
 
 /// Writes the file beside its place, syncs it and renames it there.

@@ -11,8 +11,8 @@
 //! ```
 
 use std::fs::File;
-use std::io;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -164,6 +164,15 @@ impl Home {
         // A copy of a read-only file is read-only too.
         std::fs::set_permissions(&target, std::fs::Permissions::from_mode(0o600))
             .map_err(file_error("cannot change", &target))?;
+        self.give(name)
+    }
+
+    /// Writes a small file into the home.
+    pub(super) fn write(&self, contents: &[u8], name: &str) -> Result<(), VmmError> {
+        let target = self.path(name);
+        let written = File::options().write(true).create_new(true).mode(0o600).open(&target);
+        let written = written.and_then(|mut file| file.write_all(contents));
+        written.map_err(file_error("cannot write", &target))?;
         self.give(name)
     }
 

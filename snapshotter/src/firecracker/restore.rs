@@ -14,7 +14,9 @@ use super::spawn::{Console, SpawnSpec, Spawned, died};
 use super::vm::{FirecrackerVm, Origin};
 use super::{COMMAND_DEADLINE, Firecracker, LOAD_DEADLINE, Limits, NIC, SCRATCH};
 use crate::priority;
-use crate::vmm::{MemoryBackend, Phases, Priority, RestoreSpec, Shell, Vm, VmRecord, VmmError};
+use crate::vmm::{
+    MemoryBackend, Phases, Priority, RestoreSpec, Shell, Vm, VmRecord, VmmError, read_vmstate,
+};
 
 /// A started Firecracker with everything in its home that it will load.
 #[derive(Debug)]
@@ -43,7 +45,11 @@ pub(super) async fn prepare(
     };
     let mut listener = None;
     let fill = |home: &Home| {
-        home.copy(&spec.vmstate, home::VMSTATE)?;
+        match &spec.vmstate_key {
+            None => home.copy(&spec.vmstate, home::VMSTATE)?,
+            // Firecracker opens it by name; it goes as soon as it is loaded.
+            Some(key) => home.write(&read_vmstate(&spec.vmstate, key)?, home::VMSTATE)?,
+        }
         match spec.backend {
             // Only the page server opens the memory then.
             MemoryBackend::Uffd => listener = Some(home.listen(home::UFFD)?),

@@ -13,12 +13,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::{SeekFrom, ftruncate, seek};
+use uffd_handler::seal::Key;
 use uffd_handler::source::DeltaWriter;
 
 use super::api::{SnapshotCreate, SnapshotType};
 use super::home::file_error;
 use super::vm::Origin;
-use crate::vmm::{SnapshotFiles, VmmError};
+use crate::vmm::{SnapshotFiles, VmmError, write_vmstate};
 use crate::{disk, manifest};
 
 const STATE: &str = "snapshot.vmstate";
@@ -63,21 +64,36 @@ pub(super) async fn collect(
     plan: Plan,
     home: &Path,
     into: &Path,
+    key: Option<Key>,
 ) -> Result<SnapshotFiles, VmmError> {
     let (home, into) = (home.to_owned(), into.to_owned());
     let work = {
         let into = into.clone();
-        move || collect_blocking(plan, &home, &into)
+        move || collect_blocking(plan, &home, &into, key.as_ref())
     };
     tokio::task::spawn_blocking(work)
         .await
         .unwrap_or_else(|e| Err(file_error("cannot collect into", &into)(io::Error::other(e))))
 }
 
-fn collect_blocking(plan: Plan, home: &Path, into: &Path) -> Result<SnapshotFiles, VmmError> {
+fn collect_blocking(
+    plan: Plan,
+    home: &Path,
+    into: &Path,
+    key: Option<&Key>,
+) -> Result<SnapshotFiles, VmmError> {
     let vmstate = into.join(manifest::VMSTATE);
-    take(&home.join(STATE), &vmstate)?;
-    let mut files = SnapshotFiles { vmstate, memory: None, delta: None, phases: Vec::new() };
+    let written = home.join(STATE);
+    match key {
+        None => take(&written, &vmstate)?,
+        Some(key) => {
+            let state = std::fs::read(&written).map_err(file_error("cannot read", &written))?;
+            write_vmstate(&vmstate, &state, Some(key))?;
+            std::fs::remove_file(&written).map_err(file_error("cannot remove", &written))?;
+        }
+    }
+    let (memory, delta, delta_digest) = (None, None, None);
+    let mut files = SnapshotFiles { vmstate, memory, delta, delta_digest, phases: Vec::new() };
     match plan.origin {
         Origin::Booted => {
             let memory = into.join(manifest::MEMORY);
@@ -88,7 +104,7 @@ fn collect_blocking(plan: Plan, home: &Path, into: &Path) -> Result<SnapshotFile
             let changes = home.join(CHANGES);
             check_granularity(home)?;
             let delta = into.join(manifest::DELTA);
-            write_delta(&changes, &delta, plan.memory_bytes)?;
+            files.delta_digest = Some(write_delta(&changes, &delta, plan.memory_bytes, key)?);
             files.delta = Some(delta);
         }
     }
@@ -120,7 +136,12 @@ pub(super) fn index_of(delta: &Path) -> PathBuf {
     name.into()
 }
 
-fn write_delta(changes: &Path, delta: &Path, memory_bytes: u64) -> Result<(), VmmError> {
+fn write_delta(
+    changes: &Path,
+    delta: &Path,
+    memory_bytes: u64,
+    key: Option<&Key>,
+) -> Result<[u8; 32], VmmError> {
     let failed = || file_error("cannot read", changes);
     let file = File::open(changes).map_err(failed())?;
     let length = file.metadata().map_err(failed())?.size();
@@ -131,7 +152,7 @@ fn write_delta(changes: &Path, delta: &Path, memory_bytes: u64) -> Result<(), Vm
     let delta_failed = |e: uffd_handler::sealed_file::SealedFileError| {
         file_error("cannot write", delta)(io::Error::other(e.to_string()))
     };
-    let writer = DeltaWriter::create(delta, &index_of(delta), memory_bytes / PAGE);
+    let writer = DeltaWriter::create_with(delta, &index_of(delta), memory_bytes / PAGE, key);
     let mut writer = writer.map_err(delta_failed)?;
     let mut wrong = None;
     let mut buffer = vec![0_u8; 256 * PAGE as usize];
@@ -154,8 +175,7 @@ fn write_delta(changes: &Path, delta: &Path, memory_bytes: u64) -> Result<(), Vm
         return Err(delta_failed(e));
     }
     copied.map_err(failed())?;
-    writer.finish().map_err(delta_failed)?;
-    Ok(())
+    Ok(writer.finish().map_err(delta_failed)?.digest)
 }
 
 /// Which pages changed is read off the holes of a file, so the filesystem must keep holes of single

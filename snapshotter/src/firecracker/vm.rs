@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use guest_agent::client::{AgentClient, AgentError};
 use guest_agent::wire::VSOCK_PORT;
 use tokio::time::Instant;
+use uffd_handler::seal::Key;
 use uffd_handler::supervisor::Supervisor;
 
 use super::api::{ApiClient, ApiError, VmState};
@@ -203,7 +204,7 @@ impl Vm for FirecrackerVm {
         self.call("pausing", self.spawned.api.patch_vm(VmState::Paused, COMMAND_DEADLINE)).await
     }
 
-    async fn snapshot(&self, into: &Path) -> Result<SnapshotFiles, VmmError> {
+    async fn snapshot(&self, into: &Path, key: Option<&Key>) -> Result<SnapshotFiles, VmmError> {
         if self.origin == Origin::Restored && !self.can_diff {
             return Err(VmmError::Unsupported(
                 "a snapshot of a restored VM needs its written pages to be tracked".to_owned(),
@@ -216,7 +217,8 @@ impl Vm for FirecrackerVm {
         self.call("writing a snapshot", call).await?;
         let mut phases = vec![("snapshot", started.elapsed())];
         let started = Instant::now();
-        let mut files = snapshot::collect(plan, self.spawned.home.root(), into).await?;
+        let mut files =
+            snapshot::collect(plan, self.spawned.home.root(), into, key.cloned()).await?;
         phases.push(("collect", started.elapsed()));
         files.phases = phases;
         Ok(files)

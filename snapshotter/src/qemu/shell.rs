@@ -1,7 +1,7 @@
 //! A spawned QEMU that waits for its device state, with its memory already at the page server.
 
-use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::{Seek, Write};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,12 +14,12 @@ use uffd_handler::supervisor::Supervisor;
 
 use super::args::{MEMORY_FD, Machine, Memory, Start, VMSTATE_FD};
 use super::qmp::Qmp;
-use super::vm::{GuestMemory, LAYERS, QemuVm};
+use super::vm::{GuestMemory, QemuVm};
 use super::{COMMAND_DEADLINE, Qemu, START_DEADLINE, STATE_DEADLINE, VMM};
 use crate::priority;
 use crate::process::Process;
 use crate::vmm::{
-    MemoryBackend, Phases, Priority, RestoreSpec, Shell, Vm, VmRecord, VmmError, VmmKind,
+    self, MemoryBackend, Phases, Priority, RestoreSpec, Shell, Vm, VmRecord, VmmError, VmmKind,
 };
 
 #[derive(Debug)]
@@ -39,7 +39,12 @@ pub(super) async fn prepare(driver: &Qemu, spec: &RestoreSpec) -> Result<QemuShe
         let path = path.to_owned();
         move |source: std::io::Error| VmmError::File { what, path, source }
     };
-    let vmstate = File::open(&spec.vmstate).map_err(file_err("cannot open", &spec.vmstate))?;
+    let vmstate = match &spec.vmstate_key {
+        None => File::open(&spec.vmstate).map_err(file_err("cannot open", &spec.vmstate))?,
+        // In the clear in memory only.
+        Some(key) => in_memory(&vmm::read_vmstate(&spec.vmstate, key)?)
+            .map_err(file_err("memory for", &spec.vmstate))?,
+    };
     let mut fds: Vec<(OwnedFd, i32)> = vec![(vmstate.into(), VMSTATE_FD)];
     let mut env = Vec::new();
     let uffd_socket = spec.run_dir.join("uffd.sock");
@@ -77,7 +82,7 @@ pub(super) async fn prepare(driver: &Qemu, spec: &RestoreSpec) -> Result<QemuShe
         run_dir: spec.run_dir.clone(),
         backend: spec.backend,
         size: spec.size,
-        details: details(spec),
+        details: Default::default(),
     };
     let registered = async {
         match listener {
@@ -96,10 +101,12 @@ pub(super) async fn prepare(driver: &Qemu, spec: &RestoreSpec) -> Result<QemuShe
     Ok(QemuShell { record, process, qmp, memory, pager, spawn_time })
 }
 
-/// What a later service needs to know to snapshot this VM.
-fn details(spec: &RestoreSpec) -> BTreeMap<String, String> {
-    let layers = serde_json::to_string(&spec.memory.layers).unwrap_or_default();
-    BTreeMap::from([(LAYERS.to_owned(), layers)])
+/// A file without a name.
+fn in_memory(contents: &[u8]) -> std::io::Result<File> {
+    let mut file = File::from(memfd_create("rethaw-vmstate", MemfdFlags::CLOEXEC)?);
+    file.write_all(contents)?;
+    file.rewind()?;
+    Ok(file)
 }
 
 fn guest_memfd(spec: &RestoreSpec) -> std::io::Result<File> {

@@ -1,7 +1,6 @@
 //! A QEMU virtual machine that has been booted, loaded or adopted.
 
 use std::fs::File;
-use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,19 +10,17 @@ use guest_agent::client::{AgentClient, AgentError};
 use serde_json::json;
 use tokio::io::AsyncReadExt;
 use tokio::sync::broadcast;
-use uffd_handler::source::LayerFiles;
+use uffd_handler::seal::Key;
 use uffd_handler::supervisor::Supervisor;
+use zeroize::Zeroizing;
 
 use super::args::MEMORY_FD;
 use super::qmp::{Event, Qmp};
 use super::{COMMAND_DEADLINE, KILL_DEADLINE, STATE_DEADLINE, VMM};
 use crate::priority;
 use crate::process::{ExitReason, Process};
-use crate::vmm::{MemoryBackend, Priority, SnapshotFiles, Vm, VmRecord, VmmError};
+use crate::vmm::{self, MemoryBackend, Priority, SnapshotFiles, Vm, VmRecord, VmmError};
 use crate::{delta, manifest};
-
-/// Key in [`VmRecord::details`]: the layers of a restored VM's memory, JSON.
-pub(super) const LAYERS: &str = "memory_layers";
 
 /// How this process can get at the guest's memory.
 #[derive(Debug, Clone)]
@@ -73,18 +70,6 @@ impl QemuVm {
         Self { record, process, qmp, memory, pager }
     }
 
-    /// The chain of layers the VM was restored from, as noted in its record.
-    fn layers(&self) -> Result<Vec<LayerFiles>, VmmError> {
-        let noted = self.record.details.get(LAYERS).map(|text| serde_json::from_str(text));
-        match noted {
-            Some(Ok(layers)) => Ok(layers),
-            _ => Err(VmmError::Memory {
-                id: self.record.id.clone(),
-                message: "what it was restored from is not noted".to_owned(),
-            }),
-        }
-    }
-
     async fn command(&self, name: &str, arguments: serde_json::Value) -> Result<(), VmmError> {
         tokio::select! {
             biased;
@@ -96,7 +81,7 @@ impl QemuVm {
     }
 
     /// Receives the device state over a socket and writes it to `path`.
-    async fn write_vmstate(&self, path: &Path) -> Result<(), VmmError> {
+    async fn write_vmstate(&self, path: &Path, key: Option<&Key>) -> Result<(), VmmError> {
         let socket = self.record.run_dir.join("migrate.sock");
         let _ = std::fs::remove_file(&socket);
         let listener = tokio::net::UnixListener::bind(&socket).map_err(|source| {
@@ -114,16 +99,14 @@ impl QemuVm {
         let uri = format!("unix:{}", socket.display());
         let receive = async {
             let (mut stream, _) = listener.accept().await?;
-            let mut state = Vec::with_capacity(256 << 10);
+            let mut state = Zeroizing::new(Vec::with_capacity(1 << 20));
             stream.read_to_end(&mut state).await?;
-            let mut file = File::create_new(path)?;
-            file.write_all(&state)?;
-            file.sync_all()
+            Ok(state)
         };
         let receive = async {
-            receive.await.map_err(|source| VmmError::File {
-                what: "cannot write",
-                path: path.to_owned(),
+            receive.await.map_err(|source| VmmError::Control {
+                vmm: VMM,
+                id: self.record.id.clone(),
                 source,
             })
         };
@@ -141,7 +124,7 @@ impl QemuVm {
             after: STATE_DEADLINE,
             log: super::log_tail(&self.record.run_dir),
         })?
-        .map(drop)
+        .and_then(|(state, ())| vmm::write_vmstate(path, &state, key))
     }
 }
 
@@ -159,26 +142,35 @@ impl Vm for QemuVm {
         self.command("stop", json!({})).await
     }
 
-    async fn snapshot(&self, into: &Path) -> Result<SnapshotFiles, VmmError> {
+    async fn snapshot(&self, into: &Path, key: Option<&Key>) -> Result<SnapshotFiles, VmmError> {
         let started = Instant::now();
         let vmstate = into.join("vmstate.bin");
-        self.write_vmstate(&vmstate).await?;
+        self.write_vmstate(&vmstate, key).await?;
         let mut phases = vec![("vmstate", started.elapsed())];
         match &self.memory {
-            GuestMemory::OnFile => Ok(SnapshotFiles { vmstate, memory: None, delta: None, phases }),
+            GuestMemory::OnFile => {
+                let (memory, delta, delta_digest) = (None, None, None);
+                Ok(SnapshotFiles { vmstate, memory, delta, delta_digest, phases })
+            }
             GuestMemory::Memfd(memfd) => {
                 let started = Instant::now();
-                let (memfd, layers) = (Arc::clone(memfd), self.layers()?);
-                let data = into.join(manifest::DELTA);
-                let path = data.clone();
-                let work = move || delta::write(&memfd, &layers, &path);
-                let written = tokio::task::spawn_blocking(work).await;
                 let failed =
                     |message: String| VmmError::Memory { id: self.record.id.clone(), message };
+                let below = match &self.pager {
+                    Some(pager) => pager.memory_layers(&self.record.id),
+                    None => return Err(failed("no page server serves it".to_owned())),
+                };
+                let below = below.map_err(|e| failed(e.to_string()))?;
+                let (memfd, key) = (Arc::clone(memfd), key.cloned());
+                let data = into.join(manifest::DELTA);
+                let path = data.clone();
+                let work = move || delta::write(&memfd, &below, &path, key.as_ref());
+                let written = tokio::task::spawn_blocking(work).await;
                 let summary = written.map_err(|e| failed(e.to_string()))?;
-                summary.map_err(|e| failed(e.to_string()))?;
+                let summary = summary.map_err(|e| failed(e.to_string()))?;
                 phases.push(("memory", started.elapsed()));
-                Ok(SnapshotFiles { vmstate, memory: None, delta: Some(data), phases })
+                let (delta, delta_digest) = (Some(data), Some(summary.digest));
+                Ok(SnapshotFiles { vmstate, memory: None, delta, delta_digest, phases })
             }
             GuestMemory::Private => Err(VmmError::Unsupported(
                 "a VM with privately mapped memory cannot be snapshotted: QEMU's memory is not \

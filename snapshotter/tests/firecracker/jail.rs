@@ -148,7 +148,7 @@ async fn a_new_service_takes_a_vm_back() {
         vm.pause().await.unwrap();
         let dir = rig.dir.path().join("of-adopted");
         std::fs::create_dir(&dir).unwrap();
-        assert!(vm.snapshot(&dir).await.unwrap().delta.is_some());
+        assert!(vm.snapshot(&dir, None).await.unwrap().delta.is_some());
         vm.resume().await.unwrap();
         vm.kill().await;
         rig.assert_gone(&spec.id, &spec.run_dir);

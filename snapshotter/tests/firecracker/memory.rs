@@ -167,7 +167,7 @@ async fn diff_on_diff(jailed: bool, backend: MemoryBackend) {
     vm.pause().await.unwrap();
     let first = rig.dir.path().join("first");
     std::fs::create_dir(&first).unwrap();
-    let files = vm.snapshot(&first).await.unwrap();
+    let files = vm.snapshot(&first, None).await.unwrap();
     assert_eq!((files.memory, files.delta), (None, Some(first.join(manifest::DELTA))));
     let size = std::fs::metadata(first.join(manifest::DELTA)).unwrap().len();
     assert!((32 * 4096..2 << 20).contains(&size), "{size} bytes of changes");
@@ -179,7 +179,7 @@ async fn diff_on_diff(jailed: bool, backend: MemoryBackend) {
     vm.pause().await.unwrap();
     let second = rig.dir.path().join("second");
     std::fs::create_dir(&second).unwrap();
-    vm.snapshot(&second).await.unwrap();
+    vm.snapshot(&second, None).await.unwrap();
     vm.kill().await;
     rig.assert_gone(&spec.id, &spec.run_dir);
 

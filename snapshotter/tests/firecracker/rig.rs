@@ -144,7 +144,7 @@ impl Rig {
         let dir = self.dir.path().join("golden");
         std::fs::create_dir(&dir).unwrap();
         vm.pause().await.unwrap();
-        let files = vm.snapshot(&dir).await.unwrap();
+        let files = vm.snapshot(&dir, None).await.unwrap();
         vm.kill().await;
         assert_eq!(files.vmstate, dir.join(manifest::VMSTATE));
         assert_eq!(files.memory, Some(dir.join(manifest::MEMORY)));
@@ -164,6 +164,7 @@ impl Rig {
             id,
             run_dir,
             vmstate: golden.dir.join(manifest::VMSTATE),
+            vmstate_key: None,
             memory: MemoryPlan::flat(&memory_file, None),
             memory_file,
             backend,

@@ -177,6 +177,20 @@ impl Db {
         .await
     }
 
+    /// A sandbox is on disk now. Synced before this returns: its VM is about to be killed, and a
+    /// machine that fails then must find it again.
+    pub async fn vm_paused(&self, id: &str, sandbox: &SandboxData) -> Result<(), DbError> {
+        let (id, sandbox) = (id.to_owned(), json("sandbox", sandbox)?);
+        self.run(move |c| {
+            c.pragma_update(None, "synchronous", "full")?;
+            let sql = "UPDATE vms SET stage = 'paused', sandbox = ?2 WHERE id = ?1";
+            let done = c.prepare_cached(sql).and_then(|mut s| s.execute(params![id, sandbox]));
+            c.pragma_update(None, "synchronous", "normal")?;
+            Ok(done.map(drop)?)
+        })
+        .await
+    }
+
     /// The VM and all it held are gone.
     pub async fn vm_gone(&self, id: &str) -> Result<(), DbError> {
         let id = id.to_owned();

@@ -6,5 +6,6 @@ mod protocol;
 
 pub use channel::{Channel, ChannelError, connect, listen};
 pub use protocol::{
-    Event, FromPager, PROTOCOL_VERSION, Registration, Reply, Request, ToPager, VmSummary,
+    Attachment, Event, FromPager, PROTOCOL_VERSION, Registration, Reply, Request, ToPager,
+    VmSummary,
 };

@@ -1,7 +1,7 @@
 //! What service and page server say to each other.
 
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::region::Region;
 use crate::source::LayerFiles;
@@ -10,8 +10,8 @@ use crate::source::LayerFiles;
 pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Everything a page server has to know about a VM, beside its descriptors. These come in this
-/// order: userfaultfd, handshake socket (or pidfd), shared state, then the files of every layer
-/// (bottom first, each in the order of [`LayerFiles::paths`]), then the working set.
+/// order: userfaultfd, handshake socket (or pidfd), shared state, then what
+/// [`Registration::attachments`] names.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registration {
     /// The service's name for the VM.
@@ -30,11 +30,33 @@ pub struct Registration {
     pub graduate_after_millis: Option<u64>,
 }
 
+/// What a descriptor of a registration is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attachment<'a> {
+    /// An open file.
+    File(&'a Path),
+    /// A key, in memory; see [`crate::seal::Key::to_descriptor`].
+    Key(&'a str),
+}
+
 impl Registration {
+    /// Descriptors before the attachments.
+    pub const FIXED_FDS: usize = 3;
+
+    /// What the descriptors after the first three are: the files of every layer (bottom first, each
+    /// in the order of [`LayerFiles::paths`], then its key if it has one), then the working set.
+    pub fn attachments(&self) -> impl Iterator<Item = Attachment<'_>> {
+        fn of(layer: &LayerFiles) -> impl Iterator<Item = Attachment<'_>> {
+            let files = layer.paths().into_iter().map(Attachment::File);
+            files.chain(layer.key().map(Attachment::Key))
+        }
+        let working_set = self.working_set.as_deref().map(Attachment::File);
+        self.layers.iter().flat_map(of).chain(working_set)
+    }
+
     /// Descriptors that belong to it.
     pub fn fd_count(&self) -> usize {
-        let files: usize = self.layers.iter().map(|layer| layer.paths().len()).sum();
-        3 + files + usize::from(self.working_set.is_some())
+        Self::FIXED_FDS + self.attachments().count()
     }
 }
 

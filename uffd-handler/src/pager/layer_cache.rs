@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::sync::{Arc, Weak};
 
+use crate::seal::Key;
 use crate::source::{DeltaLayer, Fingerprint, FlatLayer, LayerFiles, OpenLayer, SourceError};
 
 enum Known {
@@ -30,6 +31,7 @@ impl LayerCache {
         &mut self,
         files: &LayerFiles,
         open: Vec<File>,
+        key: Option<&Key>,
         memory_bytes: u64,
     ) -> Result<OpenLayer, SourceError> {
         self.0.retain(|_, known| known.upgrade().is_some());
@@ -40,7 +42,7 @@ impl LayerCache {
         {
             return Ok(layer);
         }
-        let layer = OpenLayer::from_files(files, open, memory_bytes)?;
+        let layer = OpenLayer::from_files(files, open, key, memory_bytes)?;
         let known = match &layer {
             OpenLayer::Flat(layer) => Known::Flat(Arc::downgrade(layer)),
             OpenLayer::Delta(layer) => Known::Delta(Arc::downgrade(layer)),

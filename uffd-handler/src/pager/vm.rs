@@ -15,6 +15,7 @@ use super::session::{End, Session};
 use super::spin::SpinPolicy;
 use crate::control::Registration;
 use crate::region::{self, RegionError, RegionMap};
+use crate::seal::{Key, SealError};
 use crate::source::{MemoryLayers, SourceError};
 use crate::uffd::{self, PAGE, PageFd};
 use crate::vm_state::{VmState, VmStateError};
@@ -36,6 +37,8 @@ pub(super) enum TakeError {
     State(#[from] VmStateError),
     #[error(transparent)]
     Source(#[from] SourceError),
+    #[error(transparent)]
+    Key(#[from] SealError),
     #[error("{0}")]
     Io(#[from] std::io::Error),
 }
@@ -162,7 +165,12 @@ fn open_session(
     for layer in &registration.layers {
         let files: Result<Vec<File>, _> =
             layer.paths().iter().map(|_| next().map(File::from)).collect();
-        layers.push(cache.get(layer, files?, memory_bytes)?);
+        let files = files?;
+        let key = match layer.key() {
+            Some(_) => Some(Key::from_descriptor(next()?.as_fd())?),
+            None => None,
+        };
+        layers.push(cache.get(layer, files, key.as_ref(), memory_bytes)?);
     }
     let working_set = match &registration.working_set {
         Some(path) => {

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     DeltaLayer, Fingerprint, FlatLayer, Lookup, PageKind, PageSource, SourceError, ZeroMap,
 };
+use crate::seal::{Key, KeySource, NoKeys};
 use crate::uffd::PAGE;
 
 /// Most layers in a chain; lookups of absent pages cost one search per layer.
@@ -32,6 +33,15 @@ pub enum LayerFiles {
         /// Their index.
         index: PathBuf,
     },
+    /// Changed pages only, encrypted.
+    EncryptedDelta {
+        /// The pages.
+        data: PathBuf,
+        /// Their index.
+        index: PathBuf,
+        /// Name of the key that opens both.
+        key: String,
+    },
 }
 
 impl LayerFiles {
@@ -43,7 +53,17 @@ impl LayerFiles {
                 .flatten()
                 .map(PathBuf::as_path)
                 .collect(),
-            Self::Delta { data, index } => vec![data, index],
+            Self::Delta { data, index } | Self::EncryptedDelta { data, index, .. } => {
+                vec![data, index]
+            }
+        }
+    }
+
+    /// Name of the key it needs.
+    pub fn key(&self) -> Option<&str> {
+        match self {
+            Self::EncryptedDelta { key, .. } => Some(key),
+            Self::Flat { .. } | Self::Delta { .. } => None,
         }
     }
 }
@@ -59,7 +79,16 @@ pub enum OpenLayer {
 
 impl OpenLayer {
     /// Opens a layer by its paths.
-    pub fn open(layer: &LayerFiles, memory_bytes: u64) -> Result<Self, SourceError> {
+    pub fn open(
+        layer: &LayerFiles,
+        memory_bytes: u64,
+        keys: &dyn KeySource,
+    ) -> Result<Self, SourceError> {
+        let key = layer.key().map(|id| keys.key(id)).transpose();
+        let key = key.map_err(|source| {
+            let path = layer.paths().first().map(|p| p.to_path_buf()).unwrap_or_default();
+            SourceError::Sealed { path, source }
+        })?;
         let mut files = Vec::new();
         for path in layer.paths() {
             files.push(
@@ -67,13 +96,14 @@ impl OpenLayer {
                     .map_err(|source| SourceError::Open { path: path.to_path_buf(), source })?,
             );
         }
-        Self::from_files(layer, files, memory_bytes)
+        Self::from_files(layer, files, key.as_ref(), memory_bytes)
     }
 
     /// Takes over files that were opened elsewhere, in the order of [`LayerFiles::paths`].
     pub fn from_files(
         layer: &LayerFiles,
         files: Vec<File>,
+        key: Option<&Key>,
         memory_bytes: u64,
     ) -> Result<Self, SourceError> {
         let mut files = files.into_iter();
@@ -98,8 +128,8 @@ impl OpenLayer {
                 }
                 Ok(Self::Flat(Arc::new(FlatLayer::new(file, memory, memory_bytes, zero)?)))
             }
-            LayerFiles::Delta { data, index } => {
-                let layer = DeltaLayer::new(next(data)?, data, &next(index)?, index)?;
+            LayerFiles::Delta { data, index } | LayerFiles::EncryptedDelta { data, index, .. } => {
+                let layer = DeltaLayer::new(next(data)?, data, &next(index)?, index, key)?;
                 if layer.memory_pages() * PAGE != memory_bytes {
                     let (expected, found) = (memory_bytes, layer.memory_pages() * PAGE);
                     return Err(SourceError::Size { path: index.clone(), expected, found });
@@ -156,10 +186,19 @@ pub struct MemoryLayers {
 }
 
 impl MemoryLayers {
-    /// Opens all layers of a chain, bottom first.
+    /// Opens all layers of a chain, bottom first, none of them encrypted.
     pub fn open(files: &[LayerFiles], memory_bytes: u64) -> Result<Self, SourceError> {
+        Self::open_with(files, memory_bytes, &NoKeys)
+    }
+
+    /// Opens all layers of a chain, bottom first, with the keys they need.
+    pub fn open_with(
+        files: &[LayerFiles],
+        memory_bytes: u64,
+        keys: &dyn KeySource,
+    ) -> Result<Self, SourceError> {
         let layers: Result<Vec<_>, _> =
-            files.iter().map(|layer| OpenLayer::open(layer, memory_bytes)).collect();
+            files.iter().map(|layer| OpenLayer::open(layer, memory_bytes, keys)).collect();
         Self::new(layers?)
     }
 
@@ -195,6 +234,38 @@ impl MemoryLayers {
             }
             Lookup::Zero | Lookup::Absent => Ok(PageKind::Zero),
         }
+    }
+
+    /// Reads consecutive pages, zeros included, from whichever layers have them.
+    pub fn read_pages(&self, first: u64, buffer: &mut [u8]) -> Result<(), SourceError> {
+        let (mut page, mut rest) = (first, buffer);
+        while !rest.is_empty() {
+            let run = self.run(page, rest.len() as u64 / PAGE);
+            let (now, later) = rest.split_at_mut((run.pages * PAGE) as usize);
+            match self.find(page) {
+                (layer, Lookup::At(place)) => {
+                    self.layers[layer].source().read(place, page, now)?;
+                }
+                (_, Lookup::Zero | Lookup::Absent) => now.fill(0),
+            }
+            page += run.pages;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// The layers above the flat one, bottom first.
+    pub fn deltas(&self) -> impl Iterator<Item = &DeltaLayer> {
+        self.layers.iter().filter_map(|layer| match layer {
+            OpenLayer::Delta(delta) => Some(&**delta),
+            OpenLayer::Flat(_) => None,
+        })
+    }
+
+    /// Size of the memory in bytes.
+    pub fn memory_bytes(&self) -> u64 {
+        // The flat layer has every page in its place.
+        self.layers.first().map_or(0, |layer| layer.fingerprint().len)
     }
 
     /// Reads the pages of a [`RunKind::Read`] run.

@@ -21,6 +21,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::seal::SealError;
 use crate::sealed_file::SealedFileError;
 
 /// Why a page could not be had, or a layer not opened.
@@ -73,6 +74,14 @@ pub enum SourceError {
     /// A side file (zero map, delta index) is unusable.
     #[error(transparent)]
     SideFile(#[from] SealedFileError),
+    /// An encrypted layer does not open, or its key is not to be had.
+    #[error("{path}: {source}")]
+    Sealed {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: SealError,
+    },
     /// The chain has no flat file at its bottom, or one elsewhere.
     #[error("{0} layer(s) without exactly one flat file, at the bottom")]
     Shape(usize),
@@ -106,8 +115,7 @@ pub enum Lookup {
     At(u64),
 }
 
-/// One layer of a memory. A new kind of storage (encrypted, compressed, remote) is one more
-/// implementation.
+/// One layer of a memory. A new kind of storage (compressed, remote) is one more implementation.
 pub trait PageSource: Send + Sync {
     /// What the layer says about a page; no I/O.
     fn lookup(&self, page: u64) -> Lookup;

@@ -16,6 +16,7 @@ mod plan;
 mod recovery;
 mod table;
 
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,6 +29,8 @@ pub use plan::{MemoryPlan, PlanError};
 
 use crate::control::{Reply, Request};
 use crate::handshake::Handshake;
+use crate::seal::{Key, KeySource, NoKeys, SealError};
+use crate::source::{MemoryLayers, OpenLayer, SourceError};
 use crate::stats::Stats;
 use crate::working_set::WorkingSet;
 use link::RequestError;
@@ -57,6 +60,8 @@ pub struct SupervisorConfig {
     /// A private directory on a file system in memory, from which VMs are recovered when service
     /// and page server were both killed. Without one such VMs stand still unnoticed.
     pub state_dir: Option<PathBuf>,
+    /// Where the keys of encrypted layers are found.
+    pub keys: Arc<dyn KeySource>,
 }
 
 impl SupervisorConfig {
@@ -72,6 +77,7 @@ impl SupervisorConfig {
             heartbeat: Duration::from_secs(1),
             spin: Duration::from_micros(100),
             state_dir: None,
+            keys: Arc::new(NoKeys),
         }
     }
 }
@@ -145,6 +151,23 @@ pub enum AddVmError {
 #[error("no VM {0} is being served")]
 pub struct UnknownVm(pub String);
 
+/// Why the layers of a VM's memory cannot be opened anew.
+#[derive(Debug, Error)]
+pub enum LayersError {
+    /// Nobody serves it.
+    #[error(transparent)]
+    Unknown(#[from] UnknownVm),
+    /// A file of theirs.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// A key of theirs.
+    #[error(transparent)]
+    Key(#[from] SealError),
+    /// No more descriptors.
+    #[error("descriptors of a VM's memory: {0}")]
+    Descriptors(#[from] std::io::Error),
+}
+
 /// Keeps a page server running; see the [module](self).
 #[derive(Debug)]
 pub struct Supervisor {
@@ -192,7 +215,7 @@ impl Supervisor {
         if self.shared.table().state(id).is_some() {
             return Err(AddVmError::Duplicate(id.into()));
         }
-        let vm = plan::prepare(id, handshake, plan, self.shared.config.state_dir.as_deref())?;
+        let vm = plan::prepare(id, handshake, plan, &self.shared.config)?;
         let deadline = self.shared.config.deadline;
         let end = Instant::now() + deadline;
         let generation = self.shared.generation();
@@ -268,6 +291,25 @@ impl Supervisor {
     /// VMs being served, lost ones included.
     pub fn vms(&self) -> Vec<String> {
         self.shared.table().ids()
+    }
+
+    /// What a VM's memory was restored from, opened anew: the very files it is served from, whatever
+    /// became of their names.
+    pub fn memory_layers(&self, id: &str) -> Result<MemoryLayers, LayersError> {
+        let (registration, fds) =
+            self.shared.table().attached(id).ok_or_else(|| UnknownVm(id.into()))??;
+        let mut fds = fds.into_iter();
+        let mut layers = Vec::new();
+        for layer in &registration.layers {
+            let files = fds.by_ref().take(layer.paths().len()).map(std::fs::File::from).collect();
+            let key = match layer.key().and_then(|_| fds.next()) {
+                Some(fd) => Some(Key::from_descriptor(fd.as_fd())?),
+                None => None,
+            };
+            let memory_bytes = registration.memory_bytes;
+            layers.push(OpenLayer::from_files(layer, files, key.as_ref(), memory_bytes)?);
+        }
+        Ok(MemoryLayers::new(layers)?)
     }
 
     /// Ends the recording of a VM's demand faults and gives the pages.

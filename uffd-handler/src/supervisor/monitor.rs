@@ -320,7 +320,7 @@ fn recover(
     let Some(dir) = &config.state_dir else { return Ok(()) };
     let io = |source| StartError::Io { what: dir.display().to_string(), source };
     std::fs::create_dir_all(dir).map_err(io)?;
-    for recovered in recovery::recover_all(dir, &table.ids()).map_err(io)? {
+    for recovered in recovery::recover_all(dir, &table.ids(), &*config.keys).map_err(io)? {
         match recovered {
             Recovered::Vm(entry) => {
                 let id = entry.registration.id.clone();

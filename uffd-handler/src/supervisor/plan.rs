@@ -2,16 +2,17 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
 
-use super::recovery;
 use super::table::Entry;
-use crate::control::Registration;
+use super::{SupervisorConfig, recovery};
+use crate::control::{Attachment, Registration};
 use crate::handshake::Handshake;
+use crate::seal::SealError;
 use crate::source::LayerFiles;
 use crate::uffd::PAGE;
 use crate::vm_state::{VmState, VmStateError};
@@ -51,6 +52,9 @@ pub enum PlanError {
         /// The cause.
         source: std::io::Error,
     },
+    /// A key is not to be had.
+    #[error(transparent)]
+    Key(#[from] SealError),
     /// There is no shared state.
     #[error(transparent)]
     State(#[from] VmStateError),
@@ -61,29 +65,21 @@ pub(super) fn prepare(
     id: &str,
     handshake: Handshake,
     plan: &MemoryPlan,
-    state_dir: Option<&Path>,
+    config: &SupervisorConfig,
 ) -> Result<Entry, PlanError> {
+    let state_dir = config.state_dir.as_deref();
     let memory_bytes: u64 = handshake.regions.iter().map(|region| region.size).sum();
     let pages = memory_bytes / PAGE;
     let state = match state_dir.and_then(|dir| recovery::state_path(dir, id)) {
         Some(path) => VmState::create_at(&path, pages, plan.record)?,
         None => VmState::create(pages, plan.record)?,
     };
-    let mut fds: Vec<OwnedFd> = vec![handshake.uffd, handshake.peer.into(), state.descriptor()?];
-    for path in plan.layers.iter().flat_map(LayerFiles::paths) {
-        let file = File::open(path)
-            .map_err(|source| PlanError::Open { path: path.to_path_buf(), source })?;
-        fds.push(file.into());
-    }
     let mut working_set = plan.working_set.clone();
-    if let Some(path) = &working_set {
-        match File::open(path) {
-            Ok(file) => fds.push(file.into()),
-            Err(error) => {
-                tracing::warn!(vm = id, path = %path.display(), %error, "no working set");
-                working_set = None;
-            }
-        }
+    if let Some(path) = &working_set
+        && let Err(error) = File::open(path)
+    {
+        tracing::warn!(vm = id, path = %path.display(), %error, "no working set");
+        working_set = None;
     }
     let registration = Registration {
         id: id.into(),
@@ -94,6 +90,15 @@ pub(super) fn prepare(
         working_set,
         graduate_after_millis: plan.graduate_after.map(|after| after.as_millis() as u64),
     };
+    let mut fds: Vec<OwnedFd> = vec![handshake.uffd, handshake.peer.into(), state.descriptor()?];
+    for attachment in registration.attachments() {
+        fds.push(match attachment {
+            Attachment::File(path) => File::open(path)
+                .map_err(|source| PlanError::Open { path: path.to_path_buf(), source })?
+                .into(),
+            Attachment::Key(name) => config.keys.key(name)?.to_descriptor()?,
+        });
+    }
     let entry = Entry { registration, fds, state: Arc::new(state), lost: None, graduated: false };
     if let Some(dir) = state_dir {
         recovery::record(dir, &entry)

@@ -15,8 +15,9 @@ use nix::poll::PollFlags;
 use serde::{Deserialize, Serialize};
 
 use super::table::Entry;
-use crate::control::Registration;
-use crate::source::{Fingerprint, LayerFiles};
+use crate::control::{Attachment, Registration};
+use crate::seal::KeySource;
+use crate::source::Fingerprint;
 use crate::uffd::PAGE;
 use crate::vm_state::VmState;
 use crate::{fdpass, pidfd};
@@ -53,8 +54,11 @@ pub(super) fn record(dir: &Path, entry: &Entry) -> std::io::Result<()> {
     let registration = entry.registration.clone();
     let Some(path) = state_path(dir, &registration.id) else { return Ok(()) };
     let started = start_time(registration.peer_pid)?;
+    let attached = registration.attachments().zip(&entry.fds[Registration::FIXED_FDS..]);
+    // Keys are not written down anywhere.
+    let files = attached.filter(|(attachment, _)| matches!(attachment, Attachment::File(_)));
     let files: std::io::Result<_> =
-        entry.fds[3..].iter().map(|fd| Fingerprint::of(&File::from(fd.try_clone()?))).collect();
+        files.map(|(_, fd)| Fingerprint::of(&File::from(fd.try_clone()?))).collect();
     let text = serde_json::to_vec(&Record { registration, started, files: files? })?;
     let temporary = path.with_extension("tmp");
     std::fs::write(&temporary, text)?;
@@ -75,7 +79,11 @@ pub(super) fn forget(dir: &Path, id: &str) {
 }
 
 /// All VMs that were written down, but for those that are known.
-pub(super) fn recover_all(dir: &Path, known: &[String]) -> std::io::Result<Vec<Recovered>> {
+pub(super) fn recover_all(
+    dir: &Path,
+    known: &[String],
+    keys: &dyn KeySource,
+) -> std::io::Result<Vec<Recovered>> {
     let mut all = Vec::new();
     for entry in std::fs::read_dir(dir)? {
         let path = entry?.path();
@@ -83,13 +91,13 @@ pub(super) fn recover_all(dir: &Path, known: &[String]) -> std::io::Result<Vec<R
             && let Some(id) = path.file_stem().and_then(|stem| stem.to_str())
             && !known.iter().any(|known| known == id)
         {
-            all.push(recover(&path, id));
+            all.push(recover(&path, id, keys));
         }
     }
     Ok(all)
 }
 
-fn recover(path: &Path, id: &str) -> Recovered {
+fn recover(path: &Path, id: &str, keys: &dyn KeySource) -> Recovered {
     let lost = |reason: String| Recovered::Lost { id: id.into(), reason };
     let record: Record = match std::fs::read(path).map(|text| serde_json::from_slice(&text)) {
         Ok(Ok(record)) => record,
@@ -104,13 +112,18 @@ fn recover(path: &Path, id: &str) -> Recovered {
     if ended || start_time(pid).ok() != Some(record.started) {
         return Recovered::Gone(id.into());
     }
-    match rebuild(record, vmm, &path.with_extension("state")) {
+    match rebuild(record, vmm, &path.with_extension("state"), keys) {
         Ok(entry) => Recovered::Vm(Box::new(entry)),
         Err(error) => lost(format!("page server and service were killed: {error}")),
     }
 }
 
-fn rebuild(record: Record, vmm: OwnedFd, state: &Path) -> Result<Entry, String> {
+fn rebuild(
+    record: Record,
+    vmm: OwnedFd,
+    state: &Path,
+    keys: &dyn KeySource,
+) -> Result<Entry, String> {
     let Record { registration, files, .. } = record;
     let text = |error: std::io::Error| error.to_string();
     let uffd = find_userfaultfd(&vmm, registration.peer_pid)?;
@@ -118,15 +131,21 @@ fn rebuild(record: Record, vmm: OwnedFd, state: &Path) -> Result<Entry, String> 
     let state = VmState::open(file.into(), registration.memory_bytes / PAGE)
         .map_err(|error| error.to_string())?;
     let mut fds = vec![uffd, vmm, state.descriptor().map_err(|error| error.to_string())?];
-    let layers = registration.layers.iter().flat_map(LayerFiles::paths);
-    let paths: Vec<&Path> = layers.chain(registration.working_set.as_deref()).collect();
-    if paths.len() != files.len() {
-        return Err(format!("{} files for {} paths", files.len(), paths.len()));
-    }
-    for (path, fingerprint) in paths.into_iter().zip(&files) {
-        let file = File::open(path).map_err(|error| format!("{}: {error}", path.display()))?;
-        fingerprint.check(&file, path).map_err(|error| error.to_string())?;
-        fds.push(file.into());
+    let mut fingerprints = files.iter();
+    for attachment in registration.attachments() {
+        fds.push(match attachment {
+            Attachment::File(path) => {
+                let text = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+                let file = File::open(path).map_err(|e| text(&e))?;
+                let was = fingerprints.next().ok_or_else(|| text(&"not in the record"))?;
+                was.check(&file, path).map_err(|e| e.to_string())?;
+                file.into()
+            }
+            Attachment::Key(id) => {
+                let key = keys.key(id).and_then(|key| key.to_descriptor());
+                key.map_err(|e| e.to_string())?
+            }
+        });
     }
     let graduated = state.is_graduated();
     Ok(Entry { registration, fds, state: Arc::new(state), lost: None, graduated })

@@ -99,6 +99,17 @@ impl Table {
         self.vms.get(id).map_or(Vec::new(), |entry| entry.fds.iter().map(AsFd::as_fd).collect())
     }
 
+    /// A VM's registration with copies of what is attached to it.
+    pub(super) fn attached(
+        &self,
+        id: &str,
+    ) -> Option<std::io::Result<(Registration, Vec<OwnedFd>)>> {
+        let entry = self.vms.get(id)?;
+        let attached = entry.fds[Registration::FIXED_FDS..].iter();
+        let copies: std::io::Result<_> = attached.map(OwnedFd::try_clone).collect();
+        Some(copies.map(|copies| (entry.registration.clone(), copies)))
+    }
+
     /// VMs that a new page server has to take over.
     pub(super) fn served(&self) -> impl Iterator<Item = &Registration> {
         self.vms.values().filter(|entry| entry.lost.is_none()).map(|entry| &entry.registration)

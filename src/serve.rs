@@ -89,6 +89,9 @@ async fn serve(
         flavor: options.flavor,
         default_pool_target: options.pool_target.unwrap_or(DEFAULT_POOL_TARGET),
         max_timeout: MAX_TIMEOUT,
+        file_backed: options.file_backed.clone(),
+        working_sets: options.working_sets,
+        graduate_after: options.graduate_after_seconds.map(Duration::from_secs),
     };
     let engine = Engine::start(config, driver, pager).await?;
     tracing::info!("listening on http://{}", listener.local_addr()?);

@@ -2,8 +2,9 @@
 //! from, written as one more layer.
 //!
 //! Pages that never faulted are holes in the guest's memfd and were not changed; pages that did
-//! fault were read or written, and a comparison tells which. The work grows with the pages in
-//! place, not with the size of the VM.
+//! fault were read or written, and a comparison tells which. Where the memory file is mapped
+//! privately, pages that were written are the process's own and no longer the file's, which the
+//! kernel tells. The work grows with the pages in place, not with the size of the VM.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -15,6 +16,7 @@ use uffd_handler::source::{
 };
 
 use crate::disk::for_each_extent;
+use crate::mapped;
 
 const PAGE: usize = 4096;
 const ZEROS: [u8; PAGE] = [0; PAGE];
@@ -30,6 +32,9 @@ pub enum DeltaError {
     /// The guest's memory could not be read.
     #[error("guest memory: {0}")]
     Guest(std::io::Error),
+    /// A mapped memory is one flat file at the bottom.
+    #[error("the VM's memory is not mapped from a flat file")]
+    NoFlatBase,
     /// The delta could not be written.
     #[error(transparent)]
     Write(#[from] SealedFileError),
@@ -71,6 +76,33 @@ pub fn write(guest: &File, layers: &[LayerFiles], data: &Path) -> Result<DeltaSu
             at += n as u64;
         }
         Ok(())
+    });
+    if let Some(e) = failed {
+        return Err(e);
+    }
+    walked.map_err(DeltaError::Guest)?;
+    Ok(writer.finish()?)
+}
+
+/// Writes what process `pid` (its VM paused) has in its private mapping of the memory file at the
+/// bottom of `layers` that the file has not.
+pub fn write_mapped(
+    pid: i32,
+    memory: &Path,
+    layers: &[LayerFiles],
+    data: &Path,
+) -> Result<DeltaSummary, DeltaError> {
+    let length = std::fs::metadata(memory).map_err(DeltaError::Guest)?.len();
+    let below = MemoryLayers::open(layers, length)?;
+    let mut writer = DeltaWriter::create(data, &index_of(data), length / PAGE as u64)?;
+    let mut was = [0_u8; PAGE];
+    let pages = mapped::PrivatePages::of(pid, memory).map_err(DeltaError::Guest)?;
+    let mut failed = None;
+    let walked = pages.for_each(|number, page| {
+        add_if_changed(&mut writer, &below, number, page, &mut was).map_err(|e| {
+            failed = Some(e);
+            std::io::ErrorKind::Other.into()
+        })
     });
     if let Some(e) = failed {
         return Err(e);

@@ -1,5 +1,6 @@
 //! `rethaw serve`: from flags, environment and file to [`ServeOptions`], which the service runs on.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -35,6 +36,12 @@ pub struct ServeOptions {
     pub no_auth: bool,
     /// Sandboxes outlive a stop of the service.
     pub keep_vms: bool,
+    /// Templates whose clones map the memory file.
+    pub file_backed: BTreeSet<String>,
+    /// Put working sets in place ahead of demand.
+    pub working_sets: bool,
+    /// Age at which all memory of a sandbox is put in place.
+    pub graduate_after_seconds: Option<u64>,
 }
 
 /// Which VMM the service uses.
@@ -105,7 +112,22 @@ pub struct ServeArgs {
     #[arg(long, env = "RETHAW_FLAVOR", value_enum)]
     pub flavor: Option<FlavorChoice>,
 
-    /// TOML file with the same settings: listen, home, pool_target, vmm, memory_mib, flavor
+    /// Templates whose clones map the memory file instead of getting pages from the page server;
+    /// see docs/performance.md for what either costs
+    #[arg(long, env = "RETHAW_FILE_BACKED", value_name = "NAME", value_delimiter = ',')]
+    pub file_backed: Option<Vec<String>>,
+
+    /// Do not put the pages that clones ask for first in place ahead of demand; for comparison
+    #[arg(long)]
+    pub no_working_sets: bool,
+
+    /// Age at which all memory of a sandbox is put in place, so that it no longer needs the page
+    /// server; every page then costs memory [default: never]
+    #[arg(long, env = "RETHAW_GRADUATE_AFTER_SECONDS", value_name = "SECONDS")]
+    pub graduate_after_seconds: Option<u64>,
+
+    /// TOML file with the same settings: listen, home, pool_target, vmm, memory_mib, flavor,
+    /// file_backed, graduate_after_seconds
     #[arg(long, env = "RETHAW_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
 
@@ -162,6 +184,9 @@ impl ServeArgs {
             flavor: self.flavor.or(file.flavor).map_or(Flavor::Default, Flavor::from),
             no_auth: self.insecure_no_auth,
             keep_vms: self.keep_vms,
+            file_backed: self.file_backed.or(file.file_backed).into_iter().flatten().collect(),
+            working_sets: !self.no_working_sets,
+            graduate_after_seconds: self.graduate_after_seconds.or(file.graduate_after_seconds),
         })
     }
 }

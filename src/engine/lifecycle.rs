@@ -13,7 +13,7 @@
 //! Dropping any stage kills the VM and removes its directory; nothing here outlives its owner
 //! unless it was asked to.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,7 +21,10 @@ use std::time::{Duration, Instant};
 use guest_agent::client::{AgentClient, AgentError};
 use guest_agent::wire::{IdentityFailure, ProvenIdentity, ResumeRequest};
 use snapshotter::disk;
-use snapshotter::vmm::{Driver, Nic, Priority, RestoreSpec, Shell, Vm, VmRecord, VmmError};
+use snapshotter::vmm::{
+    Driver, MemoryBackend, Nic, Priority, RestoreSpec, Shell, Vm, VmRecord, VmmError,
+};
+use uffd_handler::supervisor::MemoryPlan;
 
 use super::db::{Db, DbError, StoredIdentity};
 use super::identity::{self, Identity, Owner};
@@ -172,6 +175,33 @@ pub struct RestoreContext {
     pub db: Db,
     /// Parent of all VM directories.
     pub run: PathBuf,
+    /// Templates whose clones map the memory file.
+    pub file_backed: Arc<BTreeSet<String>>,
+    /// Whether working sets are put in place ahead of demand.
+    pub working_sets: bool,
+}
+
+impl RestoreContext {
+    /// What a clone's memory is made of.
+    fn memory(&self, template: &ReadyTemplate) -> MemoryPlan {
+        let mut plan = template.memory.clone();
+        if !self.working_sets {
+            plan.working_set = None;
+        }
+        plan
+    }
+
+    /// How a clone gets its memory. Only one flat file can be mapped: what was paused is layers, and
+    /// to see what is asked for takes the page server.
+    fn backend(&self, template: &ReadyTemplate) -> MemoryBackend {
+        let memory = &template.memory;
+        let mappable = memory.layers.len() == 1 && !memory.record;
+        if mappable && self.file_backed.contains(&template.name) {
+            MemoryBackend::File
+        } else {
+            MemoryBackend::Uffd
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -317,9 +347,9 @@ impl Spawned {
             id: common.id.clone(),
             run_dir: dir.path().to_owned(),
             vmstate: template.vmstate.clone(),
-            memory: template.memory.clone(),
+            memory: context.memory(template),
             memory_file: template.memory_file.clone(),
-            backend: template.backend,
+            backend: context.backend(template),
             root_disk: template.root_disk.clone(),
             scratch_disk: dir.scratch(),
             size: template.size,

@@ -28,7 +28,7 @@ pub mod template;
 mod ttl;
 mod workspace;
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -68,6 +68,12 @@ pub struct EngineConfig {
     pub default_pool_target: u32,
     /// The longest life time a sandbox may ask for.
     pub max_timeout: Duration,
+    /// Templates whose clones map the memory file instead of using the page server.
+    pub file_backed: BTreeSet<String>,
+    /// Whether working sets are put in place ahead of demand.
+    pub working_sets: bool,
+    /// How long a sandbox lives until all its memory is put in place.
+    pub graduate_after: Option<Duration>,
 }
 
 /// Where VM directories are.
@@ -150,7 +156,13 @@ impl Engine {
         std::fs::create_dir_all(&run).map_err(dir(&run))?;
         let db = Db::open(&config.home.join("state.db"))?;
         let engine = Arc::new(Self {
-            context: RestoreContext { driver, db, run },
+            context: RestoreContext {
+                driver,
+                db,
+                run,
+                file_backed: Arc::new(config.file_backed.clone()),
+                working_sets: config.working_sets,
+            },
             config,
             store,
             pager,

@@ -285,7 +285,6 @@ impl ReadyTemplate {
             scratch: in_dir(SCRATCH, &self.scratch),
             memory,
             memory_file: self.memory_file.clone(),
-            backend: self.backend,
             root_disk: self.root_disk.clone(),
             size: self.size,
             snapshot,

@@ -20,7 +20,7 @@ use super::{COMMAND_DEADLINE, KILL_DEADLINE, STATE_DEADLINE, VMM};
 use crate::priority;
 use crate::process::{ExitReason, Process};
 use crate::vmm::{MemoryBackend, Priority, SnapshotFiles, Vm, VmRecord, VmmError};
-use crate::{delta, manifest};
+use crate::{delta, delta::DeltaError, manifest};
 
 /// Key in [`VmRecord::details`]: the layers of a restored VM's memory, JSON.
 pub(super) const LAYERS: &str = "memory_layers";
@@ -32,7 +32,7 @@ pub(super) enum GuestMemory {
     OnFile,
     /// A memfd; pages that never faulted are holes in it.
     Memfd(Arc<File>),
-    /// Private to QEMU.
+    /// QEMU's private mapping of the memory file.
     Private,
 }
 
@@ -166,12 +166,18 @@ impl Vm for QemuVm {
         let mut phases = vec![("vmstate", started.elapsed())];
         match &self.memory {
             GuestMemory::OnFile => Ok(SnapshotFiles { vmstate, memory: None, delta: None, phases }),
-            GuestMemory::Memfd(memfd) => {
+            GuestMemory::Memfd(_) | GuestMemory::Private => {
                 let started = Instant::now();
-                let (memfd, layers) = (Arc::clone(memfd), self.layers()?);
+                let (memory, layers) = (self.memory.clone(), self.layers()?);
                 let data = into.join(manifest::DELTA);
-                let path = data.clone();
-                let work = move || delta::write(&memfd, &layers, &path);
+                let (path, pid) = (data.clone(), self.record.process.pid);
+                let work = move || match (memory, layers.first()) {
+                    (GuestMemory::Memfd(memfd), _) => delta::write(&memfd, &layers, &path),
+                    (_, Some(LayerFiles::Flat { memory, .. })) => {
+                        delta::write_mapped(pid, memory, &layers, &path)
+                    }
+                    _ => Err(DeltaError::NoFlatBase),
+                };
                 let written = tokio::task::spawn_blocking(work).await;
                 let failed =
                     |message: String| VmmError::Memory { id: self.record.id.clone(), message };
@@ -180,11 +186,6 @@ impl Vm for QemuVm {
                 phases.push(("memory", started.elapsed()));
                 Ok(SnapshotFiles { vmstate, memory: None, delta: Some(data), phases })
             }
-            GuestMemory::Private => Err(VmmError::Unsupported(
-                "a VM with privately mapped memory cannot be snapshotted: QEMU's memory is not \
-                 readable from outside"
-                    .to_owned(),
-            )),
         }
     }
 

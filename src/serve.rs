@@ -92,6 +92,9 @@ async fn serve(
         default_pool_target: options.pool_target.unwrap_or(DEFAULT_POOL_TARGET),
         max_timeout: MAX_TIMEOUT,
         encrypt_workspaces: !options.no_encryption,
+        file_backed: options.file_backed.clone(),
+        working_sets: options.working_sets,
+        graduate_after: options.graduate_after_seconds.map(Duration::from_secs),
     };
     let engine = Engine::start(config, driver, pager, keys).await?;
     tracing::info!("listening on http://{}", listener.local_addr()?);

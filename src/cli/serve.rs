@@ -1,5 +1,6 @@
 //! `rethaw serve`: from flags, environment and file to [`ServeOptions`], which the service runs on.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -41,6 +42,12 @@ pub struct ServeOptions {
     pub master_key_file: Option<PathBuf>,
     /// Command that wraps and unwraps them instead, split at white space.
     pub key_command: Option<String>,
+    /// Templates whose clones map the memory file.
+    pub file_backed: BTreeSet<String>,
+    /// Put working sets in place ahead of demand.
+    pub working_sets: bool,
+    /// Age at which all memory of a sandbox is put in place.
+    pub graduate_after_seconds: Option<u64>,
 }
 
 /// Which VMM the service uses.
@@ -111,7 +118,22 @@ pub struct ServeArgs {
     #[arg(long, env = "RETHAW_FLAVOR", value_enum)]
     pub flavor: Option<FlavorChoice>,
 
-    /// TOML file with the same settings: listen, home, pool_target, vmm, memory_mib, flavor
+    /// Templates whose clones map the memory file instead of getting pages from the page server;
+    /// see docs/performance.md for what either costs
+    #[arg(long, env = "RETHAW_FILE_BACKED", value_name = "NAME", value_delimiter = ',')]
+    pub file_backed: Option<Vec<String>>,
+
+    /// Do not put the pages that clones ask for first in place ahead of demand; for comparison
+    #[arg(long)]
+    pub no_working_sets: bool,
+
+    /// Age at which all memory of a sandbox is put in place, so that it no longer needs the page
+    /// server; every page then costs memory [default: never]
+    #[arg(long, env = "RETHAW_GRADUATE_AFTER_SECONDS", value_name = "SECONDS")]
+    pub graduate_after_seconds: Option<u64>,
+
+    /// TOML file with the same settings: listen, home, pool_target, vmm, memory_mib, flavor,
+    /// file_backed, graduate_after_seconds
     #[arg(long, env = "RETHAW_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
 
@@ -190,6 +212,9 @@ impl ServeArgs {
             no_encryption: self.no_encryption,
             master_key_file: self.master_key_file.or(file.master_key_file),
             key_command: self.key_command.or(file.key_command),
+            file_backed: self.file_backed.or(file.file_backed).into_iter().flatten().collect(),
+            working_sets: !self.no_working_sets,
+            graduate_after_seconds: self.graduate_after_seconds.or(file.graduate_after_seconds),
         })
     }
 }

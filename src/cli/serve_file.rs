@@ -9,6 +9,8 @@
 //! flavor = "default"      # default, min
 //! master_key_file = "/etc/rethaw/master-key"
 //! # or: key_command = "/usr/local/bin/kms-wrap --key rethaw"
+//! file_backed = ["base"]  # templates whose clones map the memory file
+//! graduate_after_seconds = 3600
 //! ```
 
 use std::net::SocketAddr;
@@ -38,6 +40,10 @@ pub struct ServeFile {
     pub master_key_file: Option<PathBuf>,
     /// Command that wraps them instead.
     pub key_command: Option<String>,
+    /// Templates whose clones map the memory file.
+    pub file_backed: Option<Vec<String>>,
+    /// Age at which all memory of a sandbox is put in place.
+    pub graduate_after_seconds: Option<u64>,
 }
 
 /// Why a file cannot be used.
@@ -90,7 +96,7 @@ mod tests {
     #[test]
     fn all_settings_are_read() {
         let text = "listen = \"0.0.0.0:80\"\nhome = \"/srv\"\npool_target = 8\n\
-                    vmm = \"qemu\"\nmemory_mib = 256\nflavor = \"min\"\n";
+                    vmm = \"qemu\"\nmemory_mib = 256\nflavor = \"min\"\nfile_backed = [\"base\"]\n";
         let file = ServeFile::parse(text).unwrap();
         assert_eq!(file.listen, Some("0.0.0.0:80".parse().unwrap()));
         assert_eq!(file.home, Some("/srv".into()));
@@ -98,6 +104,7 @@ mod tests {
         assert_eq!(file.vmm, Some(VmmChoice::Qemu));
         assert_eq!(file.memory_mib, Some(256));
         assert_eq!(file.flavor, Some(FlavorChoice::Min));
+        assert_eq!(file.file_backed, Some(vec!["base".to_owned()]));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
+use snapshotter::vmm::{MemoryBackend, VmRecord};
 use time::OffsetDateTime;
 use tokio::sync::watch;
 
@@ -248,7 +249,20 @@ impl Engine {
         Ok(Created { sandbox, access_token: token })
     }
 
-    /// Removes a sandbox whose VM dies by itself.
+    /// Has all memory of a VM put in place: from then on it needs no page server.
+    async fn graduate(&self, record: VmRecord) {
+        if record.backend != MemoryBackend::Uffd {
+            return;
+        }
+        let pager = Arc::clone(&self.pager);
+        let asked = tokio::task::spawn_blocking(move || pager.graduate(&record.id));
+        if let Ok(Err(e)) = asked.await {
+            tracing::debug!("graduation: {e}");
+        }
+    }
+
+    /// Removes a sandbox whose VM dies by itself, after having let it graduate if it lived long
+    /// enough.
     pub(super) fn watch_sandbox(
         self: &Arc<Self>,
         sandbox: &Arc<Sandbox>,
@@ -256,7 +270,14 @@ impl Engine {
     ) {
         // Weak: the watcher must not keep a deleted sandbox's machine alive.
         let (engine, sandbox) = (Arc::downgrade(self), Arc::downgrade(sandbox));
+        let graduate_after = self.config.graduate_after;
         tokio::spawn(async move {
+            if let Some(after) = graduate_after
+                && tokio::time::timeout(after, vm.exited()).await.is_err()
+                && let Some(engine) = engine.upgrade()
+            {
+                engine.graduate(vm.record()).await;
+            }
             let reason = vm.exited().await;
             let (Some(engine), Some(sandbox)) = (engine.upgrade(), sandbox.upgrade()) else {
                 return;

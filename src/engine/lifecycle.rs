@@ -13,7 +13,7 @@
 //! Dropping any stage kills the VM and removes its directory; nothing here outlives its owner
 //! unless it was asked to.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,9 +23,12 @@ use guest_agent::client::{AgentClient, AgentError};
 use guest_agent::wire::{IdentityFailure, ProvenIdentity, ResumeRequest};
 use snapshotter::delta::{self, DeltaError};
 use snapshotter::disk;
-use snapshotter::vmm::{Driver, Nic, Priority, RestoreSpec, Shell, Vm, VmRecord, VmmError};
+use snapshotter::vmm::{
+    Driver, MemoryBackend, Nic, Priority, RestoreSpec, Shell, Vm, VmRecord, VmmError,
+};
 use uffd_handler::seal::{Key, KeySource, SealError};
 use uffd_handler::source::LayerFiles;
+use uffd_handler::supervisor::MemoryPlan;
 
 use super::db::{Db, DbError, StoredIdentity};
 use super::identity::{self, Identity, Owner};
@@ -185,6 +188,33 @@ pub struct RestoreContext {
     pub run: PathBuf,
     /// Keys of workspaces.
     pub keys: Arc<Keyring>,
+    /// Templates whose clones map the memory file.
+    pub file_backed: Arc<BTreeSet<String>>,
+    /// Whether working sets are put in place ahead of demand.
+    pub working_sets: bool,
+}
+
+impl RestoreContext {
+    /// What a clone's memory is made of.
+    fn memory(&self, template: &ReadyTemplate) -> MemoryPlan {
+        let mut plan = template.memory.clone();
+        if !self.working_sets {
+            plan.working_set = None;
+        }
+        plan
+    }
+
+    /// How a clone gets its memory. Only one flat file can be mapped: what was paused is layers, and
+    /// to see what is asked for takes the page server.
+    fn backend(&self, template: &ReadyTemplate) -> MemoryBackend {
+        let memory = &template.memory;
+        let mappable = memory.layers.len() == 1 && !memory.record;
+        if mappable && self.file_backed.contains(&template.name) {
+            MemoryBackend::File
+        } else {
+            MemoryBackend::Uffd
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -363,9 +393,9 @@ impl Spawned {
             run_dir: dir.path().to_owned(),
             vmstate: template.vmstate.clone(),
             vmstate_key,
-            memory: template.memory.clone(),
+            memory: context.memory(template),
             memory_file: template.memory_file.clone(),
-            backend: template.backend,
+            backend: context.backend(template),
             root_disk: template.root_disk.clone(),
             scratch_disk: dir.scratch(),
             size: template.size,

@@ -30,7 +30,7 @@ pub mod template;
 mod ttl;
 mod workspace;
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -74,6 +74,12 @@ pub struct EngineConfig {
     pub max_timeout: Duration,
     /// Whether paused workspaces are encrypted, each with a key of its own.
     pub encrypt_workspaces: bool,
+    /// Templates whose clones map the memory file instead of using the page server.
+    pub file_backed: BTreeSet<String>,
+    /// Whether working sets are put in place ahead of demand.
+    pub working_sets: bool,
+    /// How long a sandbox lives until all its memory is put in place.
+    pub graduate_after: Option<Duration>,
 }
 
 /// Where VM directories are.
@@ -157,7 +163,14 @@ impl Engine {
         std::fs::create_dir_all(&run).map_err(dir(&run))?;
         let db = Db::open(&config.home.join("state.db"))?;
         let engine = Arc::new(Self {
-            context: RestoreContext { driver, db, run, keys },
+            context: RestoreContext {
+                driver,
+                db,
+                run,
+                keys,
+                file_backed: Arc::new(config.file_backed.clone()),
+                working_sets: config.working_sets,
+            },
             config,
             store,
             pager,

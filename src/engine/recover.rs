@@ -179,6 +179,7 @@ impl Engine {
                     }
                     PagerEvent::Graduated { id } => {
                         tracing::debug!(vm = %id, "all memory in place");
+                        metrics::counter!("rethaw_vms_graduated_total").increment(1);
                     }
                     PagerEvent::PagerUnavailable { reason } => {
                         tracing::error!("no page server: {reason}; all VMs stand still");

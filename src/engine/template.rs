@@ -11,7 +11,7 @@ use std::sync::{Arc, RwLock};
 
 use serde::{Deserialize, Serialize};
 use snapshotter::manifest::{self, Manifest};
-use snapshotter::vmm::{MachineSize, MemoryBackend};
+use snapshotter::vmm::MachineSize;
 use time::OffsetDateTime;
 use uffd_handler::source::LayerFiles;
 use uffd_handler::supervisor::MemoryPlan;
@@ -67,8 +67,6 @@ pub struct ReadyTemplate {
     pub memory: MemoryPlan,
     /// Flat memory file, for the file backend.
     pub memory_file: PathBuf,
-    /// How clones get their memory.
-    pub backend: MemoryBackend,
     /// Shared base image.
     pub root_disk: PathBuf,
     /// Writable disk to copy.
@@ -89,7 +87,6 @@ impl ReadyTemplate {
             vmstate: dir.join(manifest::VMSTATE),
             memory: snapshotter::golden::memory_plan(dir, false),
             memory_file,
-            backend: MemoryBackend::Uffd,
             root_disk,
             scratch: dir.join(manifest::SCRATCH),
             disk_deltas: Vec::new(),

@@ -430,7 +430,6 @@ impl ReadyTemplate {
             disk_deltas,
             memory,
             memory_file: self.memory_file.clone(),
-            backend: self.backend,
             root_disk: self.root_disk.clone(),
             size: self.size,
             snapshot,

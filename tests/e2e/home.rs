@@ -58,7 +58,7 @@ impl Home {
         let n = COUNT.fetch_add(1, Ordering::Relaxed);
         let path = cache().join("t").join(format!("{}-{n}", std::process::id()));
         std::fs::create_dir_all(path.join("snapshots")).unwrap();
-        for shared in ["images", "kernels"] {
+        for shared in ["images", "kernels", "firecracker"] {
             std::os::unix::fs::symlink(cache().join(shared), path.join(shared)).unwrap();
         }
         for golden in golden_snapshots(&cache().join("t")) {

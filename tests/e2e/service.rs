@@ -80,6 +80,10 @@ impl Service {
     /// A service on this home; ready, its pool filling.
     pub async fn start_on(home: Home, pool: u32, flags: &[&str], deadline: Duration) -> Self {
         let mut options = vec!["--pool-target".to_owned(), pool.to_string()];
+        // The same tests with another driver; see with_firecracker.
+        if let Ok(vmm) = std::env::var("RETHAW_TEST_VMM") {
+            options.extend(["--vmm".to_owned(), vmm]);
+        }
         options.extend(flags.iter().map(|flag| (*flag).to_owned()));
         let child = spawn(&home, &options, 0, &[]);
         let client = Client::new(String::new(), None);

@@ -183,6 +183,26 @@ fn a_stranger_does_not_take_the_vmms_place() {
 }
 
 #[test]
+fn a_handshake_happens_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    let (uffd, again) = (userfaultfd(true), userfaultfd(true));
+    let first = UnixStream::connect(&path).unwrap();
+    // A second connection is already waiting when the first is accepted.
+    let second = UnixStream::connect(&path).unwrap();
+    send(&first, &honest(), &[borrow(&uffd)]);
+    send(&second, &honest(), &[borrow(&again)]);
+    let expect = Expect { memory_bytes: MEMORY, ..Expect::default() };
+    accept(&listener, &expect, rig::DEADLINE).unwrap();
+    // Who has the handshake closes the socket; nobody else gets through.
+    drop(listener);
+    second.set_read_timeout(Some(rig::DEADLINE)).unwrap();
+    assert!(matches!(std::io::Read::read(&mut &second, &mut [0; 1]), Ok(0) | Err(_)));
+    assert!(UnixStream::connect(&path).is_err());
+}
+
+#[test]
 fn a_vmm_that_ended_is_not_waited_for() {
     let dir = tempfile::tempdir().unwrap();
     let listener = UnixListener::bind(dir.path().join("socket")).unwrap();

@@ -184,6 +184,36 @@ fn a_killed_service_leaves_its_vms_served_and_the_next_one_takes_them_back() {
 }
 
 #[test]
+fn a_vm_that_ends_together_with_the_service_does_not_end_the_page_server() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    oracle::write_memory(&dir.join("memory"), 7, 64);
+    for round in 0..20 {
+        let supervisor = rig::supervisor(dir);
+        let pager = supervisor.pager_pid();
+        let names = [format!("ends{round}"), format!("stays{round}")];
+        let [(mut ends, _), (stays, mut cpu)] = names.each_ref().map(|name| {
+            let (vmm, handshake) = rig::start(&rig::setup(dir, name, &[64]));
+            let plan = MemoryPlan::flat(dir.join("memory"), None);
+            supervisor.add_vm(name, handshake, &plan).unwrap();
+            let cpu = vmm.cpu();
+            (vmm, cpu)
+        });
+        // The page server sees both at once, or one right after the other.
+        kill(Pid::from_raw(pager), Signal::SIGSTOP).unwrap();
+        ends.kill();
+        drop(supervisor);
+        kill(Pid::from_raw(pager), Signal::SIGCONT).unwrap();
+        assert_eq!(cpu.read(2), crc32fast::hash(&oracle::template(7, 2)));
+        let next = rig::supervisor(dir);
+        assert_eq!(next.pager_pid(), pager, "the same page server");
+        drop(stays);
+        rig::eventually(rig::DEADLINE, || next.vms().is_empty().then_some(()));
+    }
+    rig::supervisor(dir).shutdown();
+}
+
+#[test]
 fn a_killed_vm_frees_everything() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();

@@ -65,7 +65,7 @@ async fn configure(
         mem_size_mib: spec.size.memory_bytes >> 20,
         // Snapshots of a booted VM are full ones.
         track_dirty_pages: false,
-        huge_pages: false,
+        huge_pages: driver.config.huge_pages,
     };
     api.put_machine(&machine, deadline).await?;
     if let Some(template) = &driver.config.cpu_template {

@@ -98,6 +98,9 @@ pub struct FirecrackerConfig {
     pub limits: Limits,
     /// Lets restored VMs be snapshotted again (before Firecracker 1.13 only so).
     pub track_dirty_pages: bool,
+    /// Boots VMs on pages of 2 MiB, which the host must have reserved. What is made of such a VM can be
+    /// restored by the page server only.
+    pub huge_pages: bool,
     /// Keeps the serial output of restored VMs too, in `console.log`. It has no bound.
     pub restored_console: bool,
 }
@@ -111,6 +114,7 @@ impl FirecrackerConfig {
             cpu_template: None,
             limits: Limits::default(),
             track_dirty_pages: true,
+            huge_pages: false,
             restored_console: false,
         }
     }

@@ -1,7 +1,7 @@
 //! A QEMU virtual machine that has been booted, loaded or adopted.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ use serde_json::json;
 use tokio::io::AsyncReadExt;
 use tokio::sync::broadcast;
 use uffd_handler::seal::Key;
+use uffd_handler::source::DeltaSummary;
 use uffd_handler::supervisor::Supervisor;
 use zeroize::Zeroizing;
 
@@ -22,6 +23,9 @@ use crate::process::{ExitReason, Process};
 use crate::vmm::{self, MemoryBackend, Priority, SnapshotFiles, Vm, VmRecord, VmmError};
 use crate::{delta, manifest};
 
+/// Key in [`VmRecord::details`]: the memory file of a VM that maps it.
+pub(super) const MEMORY_FILE: &str = "memory_file";
+
 /// How this process can get at the guest's memory.
 #[derive(Debug, Clone)]
 pub(super) enum GuestMemory {
@@ -29,15 +33,21 @@ pub(super) enum GuestMemory {
     OnFile,
     /// A memfd; pages that never faulted are holes in it.
     Memfd(Arc<File>),
-    /// Private to QEMU.
-    Private,
+    /// QEMU's private mapping of this memory file.
+    Private(PathBuf),
 }
 
 impl GuestMemory {
     /// Finds the memfd of an adopted QEMU again: the process keeps the descriptor it inherited.
     pub(super) fn reopen(record: &VmRecord) -> Result<Self, VmmError> {
         match record.backend {
-            MemoryBackend::File => Ok(Self::Private),
+            MemoryBackend::File => match record.details.get(MEMORY_FILE) {
+                Some(file) => Ok(Self::Private(file.into())),
+                None => Err(VmmError::Memory {
+                    id: record.id.clone(),
+                    message: "which file its memory is mapped from is not noted".to_owned(),
+                }),
+            },
             MemoryBackend::Uffd => {
                 let path = format!("/proc/{}/fd/{MEMORY_FD}", record.process.pid);
                 let file =
@@ -68,6 +78,25 @@ impl QemuVm {
         pager: Option<Arc<Supervisor>>,
     ) -> Self {
         Self { record, process, qmp, memory, pager }
+    }
+
+    /// Writes the pages that are not those it was restored from, on a thread that may block.
+    async fn write_changed(&self, data: PathBuf, key: Option<Key>) -> Result<DeltaSummary, String> {
+        let work = match self.memory.clone() {
+            GuestMemory::OnFile => return Err("all of its memory is a file already".to_owned()),
+            GuestMemory::Memfd(memfd) => {
+                let pager = self.pager.as_ref().ok_or("no page server serves it")?;
+                let below = pager.memory_layers(&self.record.id).map_err(|e| e.to_string())?;
+                let write = move || delta::write(&memfd, &below, &data, key.as_ref());
+                tokio::task::spawn_blocking(write)
+            }
+            GuestMemory::Private(file) => {
+                let pid = self.record.process.pid;
+                let write = move || delta::write_mapped(pid, &file, &data, key.as_ref());
+                tokio::task::spawn_blocking(write)
+            }
+        };
+        work.await.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
     }
 
     async fn command(&self, name: &str, arguments: serde_json::Value) -> Result<(), VmmError> {
@@ -152,31 +181,17 @@ impl Vm for QemuVm {
                 let (memory, delta, delta_digest) = (None, None, None);
                 Ok(SnapshotFiles { vmstate, memory, delta, delta_digest, phases })
             }
-            GuestMemory::Memfd(memfd) => {
+            GuestMemory::Memfd(_) | GuestMemory::Private(_) => {
                 let started = Instant::now();
+                let data = into.join(manifest::DELTA);
                 let failed =
                     |message: String| VmmError::Memory { id: self.record.id.clone(), message };
-                let below = match &self.pager {
-                    Some(pager) => pager.memory_layers(&self.record.id),
-                    None => return Err(failed("no page server serves it".to_owned())),
-                };
-                let below = below.map_err(|e| failed(e.to_string()))?;
-                let (memfd, key) = (Arc::clone(memfd), key.cloned());
-                let data = into.join(manifest::DELTA);
-                let path = data.clone();
-                let work = move || delta::write(&memfd, &below, &path, key.as_ref());
-                let written = tokio::task::spawn_blocking(work).await;
-                let summary = written.map_err(|e| failed(e.to_string()))?;
-                let summary = summary.map_err(|e| failed(e.to_string()))?;
+                let summary = self.write_changed(data.clone(), key.cloned()).await;
+                let summary = summary.map_err(failed)?;
                 phases.push(("memory", started.elapsed()));
                 let (delta, delta_digest) = (Some(data), Some(summary.digest));
                 Ok(SnapshotFiles { vmstate, memory: None, delta, delta_digest, phases })
             }
-            GuestMemory::Private => Err(VmmError::Unsupported(
-                "a VM with privately mapped memory cannot be snapshotted: QEMU's memory is not \
-                 readable from outside"
-                    .to_owned(),
-            )),
         }
     }
 

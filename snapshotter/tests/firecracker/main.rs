@@ -10,6 +10,8 @@
 mod errors;
 mod guest;
 mod handshake;
+#[path = "../../../uffd-handler/tests/rig/huge_pages.rs"]
+mod huge_pages;
 mod install;
 mod jail;
 mod kvm;

@@ -51,6 +51,45 @@ async fn ten_clones_at_once_each_with_the_right_memory() {
     assert!(after == digest, "clones must not write to the snapshot");
 }
 
+/// The page server is killed in the middle of ten restores, again and again: Firecracker waits for
+/// pages while it loads, and all ten come up all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_restores_at_once_outlive_their_page_servers() {
+    let rig = Arc::new(Rig::new(true).await);
+    let golden = Arc::new(rig.golden().await);
+    let mut clones = tokio::task::JoinSet::new();
+    for _ in 0..10 {
+        let (rig, golden) = (Arc::clone(&rig), Arc::clone(&golden));
+        clones.spawn(async move {
+            let spec = rig.restore_spec(&golden, MemoryBackend::Uffd);
+            let vm = rig.restore(&spec).await;
+            (vm, spec)
+        });
+    }
+    let mut vms = Vec::new();
+    let mut kills = 0;
+    while let Some(clone) = clones.join_next().await {
+        vms.push(clone.unwrap());
+        // With some loaded, some loading and some not begun.
+        if vms.len() % 3 == 1 {
+            let pager = rig.pager.pager_pid();
+            if pager > 0 {
+                kill(Pid::from_raw(pager), Signal::SIGKILL).unwrap();
+                kills += 1;
+            }
+        }
+    }
+    println!("{kills} kills, {} restarts", rig.pager.restarts());
+    assert!(kills > 0);
+    for (_, spec) in &vms {
+        wait_for_rounds(&spec.run_dir, 2).await;
+    }
+    for (vm, spec) in &vms {
+        vm.kill().await;
+        rig.assert_gone(&spec.id, &spec.run_dir);
+    }
+}
+
 /// The oracle of all these tests works: one wrong byte does not go unnoticed.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_guest_notices_one_wrong_byte() {
@@ -209,4 +248,26 @@ async fn diffs_of_a_lazily_restored_vm() {
 #[tokio::test(flavor = "multi_thread")]
 async fn diffs_of_a_vm_restored_from_a_file() {
     diff_on_diff(false, MemoryBackend::File).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn guests_on_huge_pages_are_restored_by_the_page_server() {
+    let pages = SIZE.memory_bytes >> 21;
+    let Some(_reserved) = crate::huge_pages::Reserved::new(2 * pages + 4) else { return };
+    let rig = Rig::with(|config| config.huge_pages = true).await;
+    let golden = rig.golden().await;
+    let spec = rig.restore_spec(&golden, MemoryBackend::Uffd);
+    let vm = rig.restore(&spec).await;
+    wait_for_rounds(&spec.run_dir, 2).await;
+    let stats = rig.pager.vm_stats(&spec.id).unwrap();
+    // A fault brings 2 MiB: 512 times fewer of them than pages of the pattern.
+    assert!((1..=pages).contains(&stats.faults()), "{stats:?}");
+    vm.kill().await;
+    rig.assert_gone(&spec.id, &spec.run_dir);
+    // A mapped file has no huge pages, and Firecracker says so.
+    let spec = rig.restore_spec(&golden, MemoryBackend::File);
+    let shell = rig.driver.prepare(&spec).await.unwrap();
+    let e = shell.load().await.unwrap_err();
+    println!("huge pages from a file: {e}");
+    rig.assert_gone(&spec.id, &spec.run_dir);
 }

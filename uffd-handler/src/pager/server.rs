@@ -158,16 +158,17 @@ impl Server {
             }
             let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
             drop(fds);
+            // Clients first, from the last: what follows may remove any of them.
+            for i in (0..ready.len() - 2).rev() {
+                if ready[i + 2] && !self.client(i) {
+                    return;
+                }
+            }
             if ready[1] {
                 // Its contents mean nothing: one byte, one report, and extra ones do no harm.
                 let mut byte = [0; 1];
                 let _ = (&mut &*wake).read(&mut byte);
                 inbox.try_iter().for_each(|report| self.report(report));
-            }
-            for i in (0..ready.len() - 2).rev() {
-                if ready[i + 2] && !self.client(i) {
-                    return;
-                }
             }
             if ready[0] {
                 self.accept();

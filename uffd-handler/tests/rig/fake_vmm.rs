@@ -50,6 +50,8 @@ pub enum Command {
     Dump { path: PathBuf },
     /// Read a range on many threads, each its part in random order, and check every byte.
     Storm { first: u64, count: u64, threads: u64 },
+    /// Give pages of a range back and read them again, as fast as many threads can.
+    Flood { first: u64, count: u64, threads: u64, rounds: u64 },
 }
 
 /// What it answers.
@@ -194,6 +196,9 @@ fn execute(memory: &Memory, command: Command) -> Answer {
             Answer::Done
         }
         Command::Storm { first, count, threads } => storm(memory, first, count, threads),
+        Command::Flood { first, count, threads, rounds } => {
+            flood(memory, first, count / threads, threads, rounds)
+        }
     }
 }
 
@@ -224,6 +229,25 @@ fn storm(memory: &Memory, first: u64, count: u64, threads: u64) -> Answer {
         waits_nanos.extend(waits);
     }
     Answer::Storm { wrong, waits_nanos }
+}
+
+fn flood(memory: &Memory, first: u64, share: u64, threads: u64, rounds: u64) -> Answer {
+    let parts: Vec<_> = (0..threads)
+        .map(|thread| {
+            let memory = memory.clone();
+            std::thread::spawn(move || {
+                let mut wrong = 0;
+                for round in 0..rounds {
+                    let page = first + thread * share + round % share;
+                    execute(&memory, Command::Remove { first: page, count: 1 });
+                    wrong += u64::from(memory.read(page) != [0; PAGE]);
+                }
+                wrong
+            })
+        })
+        .collect();
+    let wrong = parts.into_iter().map(|part| part.join().unwrap()).sum();
+    Answer::Storm { wrong, waits_nanos: Vec::new() }
 }
 
 fn gcd(a: u64, b: u64) -> u64 {

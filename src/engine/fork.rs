@@ -114,7 +114,7 @@ impl Engine {
             metadata: data.metadata,
             env: data.env,
         };
-        let owner = Owner { access_token: super::ids::new_secret("sbx"), env: request.env.clone() };
+        let owner = Owner { access_token: self.tokens.issue(), env: request.env.clone() };
         let vm = lifecycle::restore(&self.context, source, Some(&owner)).await?;
         self.register(vm, Origin::Forked, source, request, owner.access_token, started).await
     }

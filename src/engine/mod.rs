@@ -25,6 +25,7 @@ mod recover;
 pub mod sandbox;
 mod spare;
 pub mod template;
+mod token;
 mod ttl;
 mod workspace;
 
@@ -44,11 +45,12 @@ use uffd_handler::supervisor::Supervisor;
 pub use claim::{CreateError, CreateRequest};
 use db::{Db, DbError};
 use lifecycle::RestoreContext;
-pub use pause::TransitionError;
+pub use pause::{TokenChoice, TransitionError};
 use pool::Pool;
 pub use pool::PoolNumbers;
 use sandbox::{Sandbox, State};
 use template::Template;
+use token::TokenKey;
 
 use crate::failpoint;
 pub use workspace::WorkspaceError;
@@ -81,6 +83,7 @@ pub struct Engine {
     config: EngineConfig,
     store: Store,
     pager: Arc<Supervisor>,
+    tokens: TokenKey,
     context: RestoreContext,
     templates: DashMap<String, Arc<Template>>,
     pools: DashMap<String, Arc<Pool>>,
@@ -100,10 +103,10 @@ pub enum StartError {
     /// The state database.
     #[error(transparent)]
     Db(#[from] DbError),
-    /// A directory.
+    /// A directory or a file in it.
     #[error("cannot use {path:?}: {source}")]
     Directory {
-        /// The directory.
+        /// The directory or file.
         path: PathBuf,
         /// What happened.
         source: std::io::Error,
@@ -149,7 +152,10 @@ impl Engine {
         let run = run_dir(&config.home);
         std::fs::create_dir_all(&run).map_err(dir(&run))?;
         let db = Db::open(&config.home.join("state.db"))?;
+        let key = config.home.join(token::FILE);
+        let tokens = TokenKey::open(&key).map_err(dir(&key))?;
         let engine = Arc::new(Self {
+            tokens,
             context: RestoreContext { driver, db, run },
             config,
             store,
@@ -271,6 +277,11 @@ impl Engine {
     pub fn sandbox(&self, id: &str) -> Result<Arc<Sandbox>, SandboxError> {
         let found = self.sandboxes.get(id).map(|s| Arc::clone(s.value()));
         found.ok_or_else(|| SandboxError::NotFound(id.to_owned()))
+    }
+
+    /// A sandbox's access token; `None` for one that was made before tokens could be said again.
+    pub fn access_token(&self, sandbox: &Sandbox) -> Option<String> {
+        self.tokens.again(&sandbox.data().token_nonce).map(|token| token.secret)
     }
 
     /// Changes when a sandbox's time is up, counted from now.

@@ -7,41 +7,45 @@
 //! /v1/sandboxes[/{id}[/timeout]]       sandboxes.rs
 //! /v1/sandboxes/{id}/{pause,resume,fork}  transitions.rs
 //! /v1/sandboxes/{id}/exec              exec.rs
+//! /v1/sandboxes/{id}/pty               pty.rs
 //! /v1/sandboxes/{id}/files             files.rs
 //! /v1/templates[/{name}]               templates.rs
 //! /v1/pools[/{template}]               pools.rs
+//! /sandboxes /v2/... /process.Process/... /files ...   what E2B's SDKs ask for: crate::e2b
 //! ```
 //!
 //! Engine errors become status codes here and nowhere else: see [`error`]. How a route gets into
 //! the OpenAPI document: see [`openapi`].
 
 mod auth;
-mod error;
+pub mod error;
 mod exec;
-mod files;
-#[allow(dead_code, reason = "its users come with the port proxy")]
-mod host;
-mod json;
+pub mod files;
+pub mod host;
+pub mod json;
 mod openapi;
 mod ops;
 mod pools;
+mod pty;
 mod request_id;
-mod sandboxes;
+pub mod sandboxes;
 mod templates;
-mod transitions;
+pub mod transitions;
 
 use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
+use axum::routing::get;
 use metrics_exporter_prometheus::PrometheusHandle;
 use utoipa::OpenApi;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
 
-pub use auth::ApiKey;
+pub use auth::{ApiKey, KEY_PREFIX};
 use error::ApiError;
 
+use crate::e2b;
 use crate::engine::Engine;
 
 /// Longest JSON body; files are streamed and not bound by it.
@@ -61,10 +65,13 @@ pub struct App {
 /// All routes, ready to be served.
 pub fn router(app: App) -> Router {
     let key = axum::middleware::from_fn_with_state(app.clone(), auth::require_key);
-    let (router, _) = routes(|v1| v1.layer(key)).split_for_parts();
+    let (router, _) = routes(|v1| v1.layer(key.clone())).split_for_parts();
     router
+        .merge(e2b::control_routes().layer(key))
+        .merge(e2b::data_routes())
         .fallback(|| async { ApiError::route_not_found() })
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
+        .layer(axum::middleware::from_fn_with_state(app.clone(), e2b::by_host))
         .layer(axum::middleware::from_fn(request_id::track))
         .with_state(app)
 }
@@ -89,6 +96,8 @@ fn v1() -> OpenApiRouter<App> {
         .routes(routes!(transitions::resume))
         .routes(routes!(transitions::fork))
         .routes(routes!(exec::exec))
+        // A WebSocket is nothing that OpenAPI could describe.
+        .route("/sandboxes/{id}/pty", get(pty::pty))
         .routes(routes!(templates::list))
         .routes(routes!(templates::get))
         .routes(routes!(pools::list))

@@ -14,6 +14,7 @@ mod service;
 
 mod commands;
 mod death;
+mod e2b;
 mod exec;
 mod files;
 mod fork;
@@ -26,3 +27,4 @@ mod pause;
 mod refusals;
 mod restart;
 mod sandboxes;
+mod terminal;

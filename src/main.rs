@@ -2,11 +2,12 @@
 //! rethaw: keeps microVM sandboxes warm.
 //!
 //! The way in: [`cli`] parses, [`serve`] puts the service together, [`engine`] is what it does,
-//! [`http`] is how it is asked.
+//! [`http`] is how it is asked, [`e2b`] how E2B's SDKs ask it.
 
 mod choose;
 mod cli;
 mod doctor;
+mod e2b;
 mod engine;
 mod failpoint;
 mod http;

@@ -11,7 +11,9 @@
 
 use crate::cgroup::Workload;
 use crate::exec::Processes;
+use crate::notify::Watchers;
 use crate::server::ApiError;
+use crate::usage::CpuTimes;
 use crate::wire::{AgentState, Health, codes};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -58,6 +60,10 @@ pub struct Agent {
     pub workload: Workload,
     /// Commands that run.
     pub processes: Processes,
+    /// Folders somebody asked to be watched.
+    pub watchers: Watchers,
+    /// The processor's times when they were last asked for.
+    pub cpu_times: Cell<CpuTimes>,
 }
 
 fn under(root: &Path, path: &str) -> PathBuf {
@@ -84,6 +90,8 @@ impl Agent {
             env: RefCell::new(BTreeMap::new()),
             workload: Workload::new(config.cgroup),
             processes: Processes::default(),
+            watchers: Watchers::default(),
+            cpu_times: Cell::default(),
         }
     }
 

@@ -43,7 +43,7 @@ pub async fn start(agent: &Rc<Agent>, body: Incoming) -> Answer {
     let (stdin, follow) = (request.stdin.take(), request.stdin_stream);
     let keep_open = request.stdin_open;
     let process = launch(agent, request, stdin.is_some())?;
-    let frames = process.listen();
+    let frames = process.listen(true);
     if let Some(feed) = input::Feed::new(stdin, follow, keep_open, lines) {
         tokio::task::spawn_local(feed.run(process));
     }

@@ -2,11 +2,14 @@
 
 pub mod folder;
 mod list;
+mod metadata;
 mod path;
 mod tar;
 mod write;
 
+pub use list::entry;
 pub use path::AbsolutePath;
+pub use write::UPLOAD_PREFIX;
 
 use crate::query;
 use crate::server::{Answer, ApiError, Body, no_content};
@@ -30,7 +33,7 @@ pub async fn put(query: &str, headers: &HeaderMap, body: Incoming) -> Answer {
     if is_tar(headers, CONTENT_TYPE) {
         return tar::unpack(query, body).await;
     }
-    write::put(query, body).await
+    write::put(query, headers, body).await
 }
 
 /// `GET /files?path=`: a file's contents, streamed; a folder, as an archive when that is accepted.

@@ -18,11 +18,13 @@ mod files;
 mod identity;
 mod lint;
 mod netlink;
+mod notify;
 mod query;
 mod random;
 mod settle;
 mod token;
 mod tunnel;
+mod usage;
 mod users;
 mod watch;
 

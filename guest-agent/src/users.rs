@@ -1,11 +1,16 @@
 //! Users and groups from the guest's own files: a static program cannot use libc's lookups.
 
+use crate::agent::Agent;
+use crate::query;
+use crate::server::{Answer, ApiError, json};
+use crate::wire::codes;
+use serde::Serialize;
 use std::fs;
 use std::io;
 use std::path::Path;
 
 /// A line of `/etc/passwd`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct User {
     /// Login name.
     pub name: String,
@@ -53,6 +58,18 @@ pub fn find_user(root: &Path, name: &str) -> io::Result<Option<User>> {
     let text = fs::read_to_string(root.join("etc/passwd"))?;
     let number = name.parse::<u32>().ok();
     Ok(text.lines().filter_map(parse_user).find(|u| u.name == name || Some(u.uid) == number))
+}
+
+/// `GET /user?name=`.
+///
+/// # Errors
+/// 422 `user_not_found`.
+pub fn find(agent: &Agent, query: &str) -> Answer {
+    let name = query::get(query, "name")?.unwrap_or_default();
+    let user = find_user(agent.root(), &name)?.ok_or_else(|| {
+        ApiError::new(422, codes::USER_NOT_FOUND, format!("there is no user {name:?}"))
+    })?;
+    json(&user)
 }
 
 /// Groups a user is a member of besides the primary one, which is listed first.

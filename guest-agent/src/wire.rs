@@ -16,7 +16,8 @@ pub use exec::{
     SignalRequest, Started, StdinRequest,
 };
 pub use files::{
-    DirEntries, DirEntry, EntryKind, MkdirRequest, MoveRequest, WatchEvent, WatchKind,
+    DirEntries, DirEntry, EntryKind, MkdirRequest, MoveRequest, Usage, UserInfo, WatchEvent,
+    WatchEvents, WatchKind, WatchRequest, WatcherId,
 };
 pub use identity::{
     IdentityFailure, IdentityItem, IdentityReport, IdentityRequest, Ipv4Config, Ipv6Config,

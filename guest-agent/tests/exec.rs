@@ -296,14 +296,14 @@ fn commands_are_found_fed_and_joined_later() {
         tokio::time::sleep(Duration::from_millis(100)).await;
 
         // Joining later shows what was missed.
-        let joined = client.attach(started.pid, SOON).await.unwrap();
+        let joined = client.attach(started.pid, true, SOON).await.unwrap();
         let body = stdin("two\n");
         client.call::<_, ()>(Method::POST, &at("stdin"), Some(&body), SOON).await.unwrap();
         client.call::<_, ()>(Method::POST, &at("stdin/close"), None::<&()>, SOON).await.unwrap();
         let (out, _, exit) = finish(joined).await;
         assert_eq!((out.as_slice(), exit.code), (&b"got one\ngot two\nend\n"[..], 0));
 
-        let gone = client.attach(started.pid, SOON).await;
+        let gone = client.attach(started.pid, true, SOON).await;
         assert!(format!("{gone:?}").contains("process_not_found"), "{gone:?}");
         let nothing = client.call::<_, ()>(Method::POST, "/processes/x/y", None::<&()>, SOON).await;
         assert!(format!("{nothing:?}").contains("not_found"), "{nothing:?}");

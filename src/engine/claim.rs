@@ -4,18 +4,18 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sha2::{Digest, Sha256};
 use snapshotter::vmm::{MemoryBackend, VmRecord};
 use time::OffsetDateTime;
 use tokio::sync::watch;
 
+use super::Engine;
 use super::db::DbError;
 use super::identity::Owner;
 use super::lifecycle::{self, Reidentified, RestoreError, millis};
 use super::parked::Parked;
 use super::sandbox::{OnTimeout, Origin, Sandbox, SandboxData};
 use super::template::{ReadyTemplate, TemplateState};
-use super::{Engine, ids};
+use super::token::AccessToken;
 use crate::failpoint;
 
 /// Parked VMs tried before one is restored on the spot.
@@ -121,7 +121,7 @@ impl Engine {
     ) -> Result<Created, CreateError> {
         let under_way = UnderWay::new(&self.claims);
         let started = Instant::now();
-        let owner = Owner { access_token: ids::new_secret("sbx"), env: request.env.clone() };
+        let owner = Owner { access_token: self.tokens.issue(), env: request.env.clone() };
         let mut tries = 0;
         let (vm, origin) = loop {
             let parked = if tries < PARKED_TRIES { self.take_parked(&template.name) } else { None };
@@ -210,7 +210,7 @@ impl Engine {
         origin: Origin,
         source: &ReadyTemplate,
         request: CreateRequest,
-        token: String,
+        token: AccessToken,
         started: Instant,
     ) -> Result<Created, CreateError> {
         let now = OffsetDateTime::now_utc();
@@ -226,7 +226,8 @@ impl Engine {
             timeout_seconds: request.timeout.as_secs(),
             expires_at: now + request.timeout,
             on_timeout: request.on_timeout,
-            token_sha256: hex::encode(Sha256::digest(token.as_bytes())),
+            token_sha256: token.sha256(),
+            token_nonce: token.nonce,
             vmm: self.context.driver.kind().as_str().to_owned(),
             timings_ms: timings,
             restored_from: source.snapshot.clone(),
@@ -246,7 +247,7 @@ impl Engine {
         self.sandboxes.insert(vm.id.clone(), Arc::clone(&sandbox));
         self.expiries.set(&vm.id, sandbox.ends_at());
         self.watch_sandbox(&sandbox, process);
-        Ok(Created { sandbox, access_token: token })
+        Ok(Created { sandbox, access_token: token.secret })
     }
 
     /// Has all memory of a VM put in place: from then on it needs no page server.

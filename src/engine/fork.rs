@@ -131,7 +131,7 @@ impl Engine {
             idle_timeout: data.idle_timeout_seconds.map(Duration::from_secs),
             made_by: made_by.map(str::to_owned),
         };
-        let owner = Owner { access_token: ids::new_secret("sbx"), env: request.env.clone() };
+        let owner = Owner { access_token: self.tokens.issue(), env: request.env.clone() };
         let vm = lifecycle::restore(&self.context, source, Some(&owner)).await?;
         self.register(vm, Origin::Forked, source, request, owner.access_token, started).await
     }

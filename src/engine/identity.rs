@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::ids;
+use super::token::AccessToken;
 
 /// The values that make one machine another one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,7 +29,7 @@ pub struct Identity {
 #[derive(Debug, Clone)]
 pub struct Owner {
     /// Token of the sandbox.
-    pub access_token: String,
+    pub access_token: AccessToken,
     /// Environment of every command.
     pub env: BTreeMap<String, String>,
 }
@@ -86,7 +87,7 @@ impl Identity {
             hostname: self.hostname.clone(),
             machine_id: self.machine_id.clone(),
             boot_id: self.boot_id.clone(),
-            access_token: owner.map(|o| o.access_token.clone()),
+            access_token: owner.map(|o| o.access_token.secret.clone()),
             env: owner.map(|o| o.env.clone()).unwrap_or_default(),
             ..IdentityRequest::default()
         }

@@ -27,6 +27,7 @@ pub mod sandbox;
 mod spare;
 pub mod state;
 pub mod template;
+mod token;
 mod ttl;
 mod workspace;
 
@@ -47,12 +48,13 @@ pub use claim::{CreateError, CreateRequest};
 use db::{Db, DbError};
 use keyring::Keyring;
 use lifecycle::RestoreContext;
-pub use pause::TransitionError;
+pub use pause::{TokenChoice, TransitionError};
 use pool::Pool;
 pub use pool::PoolNumbers;
 use sandbox::{Sandbox, State};
 use state::Event;
 use template::Template;
+use token::TokenKey;
 
 use crate::failpoint;
 pub use workspace::WorkspaceError;
@@ -93,6 +95,7 @@ pub struct Engine {
     config: EngineConfig,
     store: Store,
     pager: Arc<Supervisor>,
+    tokens: TokenKey,
     context: RestoreContext,
     templates: DashMap<String, Arc<Template>>,
     pools: DashMap<String, Arc<Pool>>,
@@ -112,10 +115,10 @@ pub enum StartError {
     /// The state database.
     #[error(transparent)]
     Db(#[from] DbError),
-    /// A directory.
+    /// A directory or a file in it.
     #[error("cannot use {path:?}: {source}")]
     Directory {
-        /// The directory.
+        /// The directory or file.
         path: PathBuf,
         /// What happened.
         source: std::io::Error,
@@ -162,7 +165,10 @@ impl Engine {
         let run = run_dir(&config.home);
         std::fs::create_dir_all(&run).map_err(dir(&run))?;
         let db = Db::open(&config.home.join("state.db"))?;
+        let key = config.home.join(token::FILE);
+        let tokens = TokenKey::open(&key).map_err(dir(&key))?;
         let engine = Arc::new(Self {
+            tokens,
             context: RestoreContext {
                 driver,
                 db,
@@ -296,6 +302,11 @@ impl Engine {
     pub fn sandbox(&self, id: &str) -> Result<Arc<Sandbox>, SandboxError> {
         let found = self.sandboxes.get(id).map(|s| Arc::clone(s.value()));
         found.ok_or_else(|| SandboxError::NotFound(id.to_owned()))
+    }
+
+    /// A sandbox's access token; `None` for one that was made before tokens could be said again.
+    pub fn access_token(&self, sandbox: &Sandbox) -> Option<String> {
+        self.tokens.again(&sandbox.data().token_nonce).map(|token| token.secret)
     }
 
     /// Changes when a running sandbox's time is up, counted from now. A paused one has no end to

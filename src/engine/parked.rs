@@ -131,7 +131,7 @@ impl Reidentified {
     pub async fn hand_over(&self, owner: &Owner) -> Result<ClaimReport, RestoreError> {
         let request = ClaimRequest {
             wall_clock_unix_nanos: ids::wall_clock_unix_nanos(),
-            access_token: Some(owner.access_token.clone()),
+            access_token: Some(owner.access_token.secret.clone()),
             env: owner.env.clone(),
         };
         let done = self.machine.agent.claim(&request, CLAIM_DEADLINE).await;

@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 use guest_agent::client::{AgentClient, AgentError};
 use guest_agent::wire::{Base64, FreezeRequest, ResumeRequest};
 use rand::RngCore;
-use sha2::{Digest, Sha256};
 
 use super::db::{DbError, Stage};
 use super::lifecycle::{Machine, RestoreError, Spawned, Timings, millis};
 use super::sandbox::{Origin, Sandbox};
 use super::state::Event;
 use super::template::ReadyTemplate;
+use super::token::AccessToken;
 use super::workspace::WorkspaceError;
 use super::{Engine, SandboxError, ids};
 use crate::failpoint;
@@ -42,6 +42,15 @@ pub enum TransitionError {
     /// The state database.
     #[error(transparent)]
     Db(#[from] DbError),
+}
+
+/// Which access token a sandbox comes back with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TokenChoice {
+    /// A new one: the old one opens nothing any more.
+    New,
+    /// The one it had, for clients that were told no other.
+    Same,
 }
 
 impl Engine {
@@ -178,15 +187,16 @@ impl Engine {
         Ok(agent)
     }
 
-    /// Brings a paused sandbox back, with a new access token.
+    /// Brings a paused sandbox back; returns its access token, too.
     pub async fn resume(
         self: &Arc<Self>,
         id: &str,
         timeout: Option<Duration>,
+        token: TokenChoice,
     ) -> Result<(Arc<Sandbox>, String), TransitionError> {
         let sandbox = self.sandbox(id)?;
         let (engine, resumed) = (Arc::clone(self), Arc::clone(&sandbox));
-        let work = tokio::spawn(async move { engine.resume_now(&resumed, timeout).await });
+        let work = tokio::spawn(async move { engine.resume_now(&resumed, timeout, token).await });
         match work.await {
             Ok(done) => done.map(|token| (sandbox, token)),
             Err(e) => std::panic::resume_unwind(e.into_panic()),
@@ -197,6 +207,7 @@ impl Engine {
         self: &Arc<Self>,
         sandbox: &Arc<Sandbox>,
         timeout: Option<Duration>,
+        token: TokenChoice,
     ) -> Result<String, TransitionError> {
         let mut slot = sandbox.machine.lock().await;
         let started = Instant::now();
@@ -207,7 +218,11 @@ impl Engine {
             return Err(SandboxError::NotFound(data.id).into());
         };
         failpoint::reached("resume.begun").await;
-        let token = ids::new_secret("sbx");
+        let old = match token {
+            TokenChoice::New => None,
+            TokenChoice::Same => self.tokens.again(&data.token_nonce),
+        };
+        let token = old.unwrap_or_else(|| self.tokens.issue());
         match self.restore_paused(sandbox, &snapshot, &token, timeout, started).await {
             Ok(machine) => {
                 let process = Arc::clone(&machine.vm);
@@ -223,7 +238,7 @@ impl Engine {
                 self.expiries.set(&data.id, sandbox.ends_at());
                 metrics::histogram!("rethaw_resume_duration_seconds")
                     .record(started.elapsed().as_secs_f64());
-                Ok(token)
+                Ok(token.secret)
             }
             Err(e) => {
                 sandbox.end(Event::Failed);
@@ -237,7 +252,7 @@ impl Engine {
         &self,
         sandbox: &Sandbox,
         snapshot: &str,
-        token: &str,
+        token: &AccessToken,
         timeout: Option<Duration>,
         started: Instant,
     ) -> Result<Machine, TransitionError> {
@@ -248,7 +263,7 @@ impl Engine {
         failpoint::reached("resume.spawned").await;
         let resumed = spawned.load().await?.resume().await?;
         failpoint::reached("resume.running").await;
-        let request = resume_request(Some(token));
+        let request = resume_request(Some(&token.secret));
         let (machine, mut timings) = resumed.revive(&request, RESUME_DEADLINE).await?;
         failpoint::reached("resume.revived").await;
         timings.insert("total".to_owned(), millis(started.elapsed()));
@@ -257,7 +272,8 @@ impl Engine {
         let data = sandbox.update(|d| {
             d.origin = Origin::Resumed;
             d.timings_ms = timings;
-            d.token_sha256 = hex::encode(Sha256::digest(token.as_bytes()));
+            d.token_sha256 = token.sha256();
+            d.token_nonce.clone_from(&token.nonce);
             d.timeout_seconds = timeout.as_secs();
             d.expires_at = time::OffsetDateTime::now_utc() + timeout;
             snapshot.clone_into(&mut d.restored_from);

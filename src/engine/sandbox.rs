@@ -80,6 +80,9 @@ pub struct SandboxData {
     pub on_timeout: OnTimeout,
     /// SHA-256 of its access token, hex.
     pub token_sha256: String,
+    /// What its access token is made from, with the service's key.
+    #[serde(default)]
+    pub token_nonce: String,
     /// VMM that runs it.
     pub vmm: String,
     /// Phases of the request that made or resumed it.

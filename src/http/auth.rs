@@ -12,7 +12,11 @@ use sha2::{Digest, Sha256};
 
 use super::App;
 use super::error::ApiError;
+use crate::e2b;
 use crate::engine::ids;
+
+/// What a key that was made here starts with.
+pub const KEY_PREFIX: &str = "rtw";
 
 /// A key's digest; the key itself is not kept.
 #[derive(Clone)]
@@ -34,7 +38,7 @@ impl ApiKey {
                 "the key is shorter than 16 characters; remove the file to have a new one made",
             )),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                let key = ids::new_secret("rtw");
+                let key = ids::new_secret(KEY_PREFIX);
                 let mut file = std::fs::OpenOptions::new()
                     .write(true)
                     .create_new(true)
@@ -74,7 +78,8 @@ pub async fn require_key(
     next: Next,
 ) -> Result<Response, ApiError> {
     if let Some(key) = &app.key
-        && !presented(request.headers()).is_some_and(|p| key.matches(p))
+        && !presented(request.headers())
+            .is_some_and(|p| key.matches(p) || e2b::native_key(p).is_some_and(|p| key.matches(&p)))
     {
         return Err(ApiError::unauthorized());
     }

@@ -99,6 +99,21 @@ impl ApiError {
         Self::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid_field", message)
     }
 
+    /// Its status.
+    pub fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    /// What kind it is.
+    pub fn error_code(&self) -> &str {
+        &self.error_code
+    }
+
+    /// Its text.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
     /// What a part of a reply shows for this error.
     pub fn into_part(self) -> Refusal {
         let Self { status, message, error_code, .. } = self;

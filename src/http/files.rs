@@ -6,6 +6,7 @@ use axum::http::{HeaderName, Method, StatusCode, header};
 use axum::response::Response;
 use guest_agent::client::{AgentClient, RequestBody};
 use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
 use utoipa::IntoParams;
 
 use super::App;
@@ -133,20 +134,22 @@ pub async fn forward(
             ApiError::new(StatusCode::GATEWAY_TIMEOUT, "guest_timeout", message)
         })??
     };
-    let (head, body) = answer.into_parts();
-    if !head.status.is_success() {
-        let bytes = Limited::new(body, MAX_ERROR).collect().await;
-        let bytes = bytes.map(http_body_util::Collected::to_bytes).unwrap_or_default();
-        return Err(from_guest(head.status, &bytes));
+    if !answer.status().is_success() {
+        return Err(refused(answer).await);
     }
+    let (head, body) = answer.into_parts();
     let mut response = Response::new(Body::new(body));
     *response.status_mut() = head.status;
     *response.headers_mut() = head.headers;
     Ok(response)
 }
 
-fn from_guest(status: StatusCode, body: &[u8]) -> ApiError {
-    match serde_json::from_slice::<guest_agent::wire::ErrorBody>(body) {
+/// Why the guest said no.
+pub async fn refused(answer: Response<Incoming>) -> ApiError {
+    let status = answer.status();
+    let bytes = Limited::new(answer.into_body(), MAX_ERROR).collect().await;
+    let bytes = bytes.map(http_body_util::Collected::to_bytes).unwrap_or_default();
+    match serde_json::from_slice::<guest_agent::wire::ErrorBody>(&bytes) {
         Ok(error) => ApiError::new(status, &error.error_code, error.message),
         Err(_) => ApiError::new(
             StatusCode::BAD_GATEWAY,

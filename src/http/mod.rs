@@ -7,9 +7,11 @@
 //! /v1/sandboxes[/{id}[/timeout]]       sandboxes.rs
 //! /v1/sandboxes/{id}/{pause,resume,fork}  transitions.rs
 //! /v1/sandboxes/{id}/exec              exec.rs
+//! /v1/sandboxes/{id}/pty               pty.rs
 //! /v1/sandboxes/{id}/files             files.rs
 //! /v1/templates[/{name}]               templates.rs
 //! /v1/pools[/{template}]               pools.rs
+//! /sandboxes /v2/... /process.Process/... /files ...   what E2B's SDKs ask for: crate::e2b
 //! ```
 //!
 //! Every POST but exec takes an `Idempotency-Key`: see [`idempotency`].
@@ -18,33 +20,35 @@
 //! the OpenAPI document: see [`openapi`].
 
 mod auth;
-mod error;
+pub mod error;
 mod exec;
-mod files;
-#[allow(dead_code, reason = "its users come with the port proxy")]
-mod host;
+pub mod files;
+pub mod host;
 pub mod idempotency;
-mod json;
+pub mod json;
 mod openapi;
 mod ops;
 mod pools;
+mod pty;
 mod request_id;
-mod sandboxes;
+pub mod sandboxes;
 mod templates;
-mod transitions;
+pub mod transitions;
 
 use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
+use axum::routing::get;
 use metrics_exporter_prometheus::PrometheusHandle;
 use utoipa::OpenApi;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
 
-pub use auth::ApiKey;
+pub use auth::{ApiKey, KEY_PREFIX};
 use error::ApiError;
 
+use crate::e2b;
 use crate::engine::Engine;
 
 /// Longest JSON body; files are streamed and not bound by it.
@@ -65,10 +69,13 @@ pub struct App {
 pub fn router(app: App) -> Router {
     let key = axum::middleware::from_fn_with_state(app.clone(), auth::require_key);
     let once = axum::middleware::from_fn_with_state(app.clone(), idempotency::once);
-    let (router, _) = routes(|v1| v1.layer(once).layer(key)).split_for_parts();
+    let (router, _) = routes(|v1| v1.layer(once.clone()).layer(key.clone())).split_for_parts();
     router
+        .merge(e2b::control_routes().layer(once).layer(key))
+        .merge(e2b::data_routes())
         .fallback(|| async { ApiError::route_not_found() })
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
+        .layer(axum::middleware::from_fn_with_state(app.clone(), e2b::by_host))
         .layer(axum::middleware::from_fn(request_id::track))
         .with_state(app)
 }
@@ -93,6 +100,8 @@ fn v1() -> OpenApiRouter<App> {
         .routes(routes!(transitions::resume))
         .routes(routes!(transitions::fork))
         .routes(routes!(exec::exec))
+        // A WebSocket is nothing that OpenAPI could describe.
+        .route("/sandboxes/{id}/pty", get(pty::pty))
         .routes(routes!(templates::list))
         .routes(routes!(templates::get))
         .routes(routes!(pools::list))

@@ -24,14 +24,16 @@ use crate::engine::identity::ItemView;
 use crate::engine::lifecycle::Timings;
 use crate::engine::sandbox::{OnTimeout, Origin, Sandbox, State as SandboxState};
 
-const DEFAULT_TIMEOUT_SECONDS: u64 = 300;
+/// Life time of a sandbox whose client names none.
+pub const DEFAULT_TIMEOUT_SECONDS: u64 = 300;
 /// Labels a sandbox may have.
 pub const MAX_METADATA_ENTRIES: usize = 32;
 /// Characters of a label's name.
 pub const MAX_METADATA_KEY: usize = 128;
 /// Characters of a label's value.
 pub const MAX_METADATA_VALUE: usize = 1024;
-const PAGE_LIMIT: usize = 100;
+/// Most sandboxes on one page.
+pub const PAGE_LIMIT: usize = 100;
 
 /// A sandbox
 #[derive(Debug, Serialize, ToSchema)]
@@ -177,7 +179,8 @@ fn duration(app: &App, field: &str, seconds: u64) -> Result<Duration, ApiError> 
     Ok(Duration::from_secs(seconds))
 }
 
-fn check_metadata(metadata: &BTreeMap<String, String>) -> Result<(), ApiError> {
+/// Checks the number and the lengths of labels.
+pub fn check_metadata(metadata: &BTreeMap<String, String>) -> Result<(), ApiError> {
     if metadata.len() > MAX_METADATA_ENTRIES {
         let message = format!(
             "metadata: {} entries, at most {MAX_METADATA_ENTRIES} are kept",
@@ -325,11 +328,16 @@ pub async fn list(
 }
 
 fn token_of(last: &SandboxView) -> String {
-    let text = format!("{} {}", last.created_at.unix_timestamp_nanos(), last.id);
-    URL_SAFE_NO_PAD.encode(text)
+    token_at(last.created_at, &last.id)
 }
 
-fn parse_token(token: &str) -> Result<(std::cmp::Reverse<i128>, String), ApiError> {
+/// The token of the page that begins after this sandbox.
+pub fn token_at(created_at: OffsetDateTime, id: &str) -> String {
+    URL_SAFE_NO_PAD.encode(format!("{} {id}", created_at.unix_timestamp_nanos()))
+}
+
+/// The sandbox that a page begins after.
+pub fn parse_token(token: &str) -> Result<(std::cmp::Reverse<i128>, String), ApiError> {
     let parse = || {
         let text = String::from_utf8(URL_SAFE_NO_PAD.decode(token).ok()?).ok()?;
         let (at, id) = text.split_once(' ')?;

@@ -12,9 +12,10 @@ use super::error::{ApiError, Refusal};
 use super::idempotency;
 use super::json::JsonBody;
 use super::sandboxes::{SandboxView, timeout};
+use crate::engine::TokenChoice;
 
 /// Clones per request.
-const MAX_CLONES: u32 = 100;
+pub const MAX_CLONES: u32 = 100;
 
 /// Nothing
 #[derive(Debug, Deserialize, ToSchema)]
@@ -62,7 +63,7 @@ pub async fn resume(
     JsonBody(body): JsonBody<ResumeBody>,
 ) -> Result<Response, ApiError> {
     let timeout = body.timeout_seconds.map(|t| timeout(&app, t)).transpose()?;
-    let (sandbox, token) = app.engine.resume(&id, timeout).await?;
+    let (sandbox, token) = app.engine.resume(&id, timeout, TokenChoice::New).await?;
     Ok(SandboxView::new(&sandbox, Some(token)).reply(StatusCode::OK))
 }
 

@@ -40,7 +40,7 @@ pub struct Home {
 }
 
 /// Where images and snapshots are kept.
-fn cache() -> PathBuf {
+pub fn cache() -> PathBuf {
     let set = std::env::var_os("RETHAW_HOME").filter(|home| !home.is_empty());
     set.map_or_else(|| PathBuf::from("/var/lib/rethaw"), PathBuf::from)
 }

@@ -81,15 +81,20 @@ impl AgentClient {
         self.open_frames(request, ExecSender { lines }, deadline).await
     }
 
-    /// Attaches to a running command's output, with what its buffer still holds.
+    /// Attaches to a running command's output, with `replay` from what its buffer still holds.
     ///
     /// # Errors
     /// `Refused` with 404 `process_not_found`.
-    pub async fn attach(&self, pid: u32, deadline: Duration) -> Result<ExecStream, AgentError> {
+    pub async fn attach(
+        &self,
+        pid: u32,
+        replay: bool,
+        deadline: Duration,
+    ) -> Result<ExecStream, AgentError> {
         let (lines, _) = mpsc::channel(1);
         let request = Request::builder()
             .method(Method::GET)
-            .uri(format!("/processes/{pid}/stream"))
+            .uri(format!("/processes/{pid}/stream?replay={replay}"))
             .body(super::full_body(Bytes::new()))
             .map_err(|e| AgentError::Protocol(format!("attach: {e}")))?;
         self.open_frames(request, ExecSender { lines }, deadline).await

@@ -15,11 +15,18 @@ pub fn list(agent: &Agent) -> Answer {
     json(&ProcessList { items: agent.processes.list() })
 }
 
-/// `/processes/{pid}/{action}`; `rest` is the path after `/processes/`.
+/// `/processes/{pid}/{action}`; `rest` is the path after `/processes/`. A stream begins with the
+/// output that is still remembered, unless `replay=false` says not to.
 ///
 /// # Errors
 /// 404 for a process that does not run, 409 for what it cannot do, 422 for an unknown signal.
-pub async fn act(agent: &Agent, method: &Method, rest: &str, body: Incoming) -> Answer {
+pub async fn act(
+    agent: &Agent,
+    method: &Method,
+    rest: &str,
+    query: &str,
+    body: Incoming,
+) -> Answer {
     let unknown = || {
         let text = format!("no endpoint {method} /processes/{rest}");
         ApiError::new(404, codes::NOT_FOUND, text)
@@ -28,7 +35,10 @@ pub async fn act(agent: &Agent, method: &Method, rest: &str, body: Incoming) -> 
     let pid = pid.parse::<u32>().map_err(|_| unknown())?;
     let process = agent.processes.get(pid)?;
     match (method, action) {
-        (&Method::GET, "stream") => return Ok(super::stream(process.listen())),
+        (&Method::GET, "stream") => {
+            let replay = crate::query::get(query, "replay")?.is_none_or(|v| v != "false");
+            return Ok(super::stream(process.listen(replay)));
+        }
         (&Method::POST, "signal") => {
             let request: SignalRequest = read_json(body).await?;
             if !process.signal(parse_signal(&request.signal)?) {

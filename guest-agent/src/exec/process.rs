@@ -65,12 +65,14 @@ impl Process {
         }
     }
 
-    /// Adds a listener, which gets `started`, what the ring holds, and all that follows.
-    pub fn listen(&self) -> mpsc::Receiver<io::Result<Bytes>> {
+    /// Adds a listener, which gets `started`, with `replay` what the ring holds, and all that
+    /// follows.
+    pub fn listen(&self, replay: bool) -> mpsc::Receiver<io::Result<Bytes>> {
         let mut output = self.output.borrow_mut();
         let (sender, receiver) = mpsc::channel(output.ring.len() + 1 + QUEUE);
         let started = frame(&ExecFrame::Started(Started { pid: self.info.pid }));
-        for line in [started].into_iter().chain(output.ring.iter().cloned()) {
+        let remembered = output.ring.iter().filter(|_| replay).cloned();
+        for line in [started].into_iter().chain(remembered) {
             // The channel was made large enough for all of them.
             let _ = sender.try_send(Ok(line));
         }

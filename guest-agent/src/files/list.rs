@@ -32,6 +32,12 @@ pub fn entry(path: &Path) -> io::Result<DirEntry> {
         group: owner("/etc/group", meta.gid()),
         modified_unix_nanos: meta.mtime().saturating_mul(1_000_000_000) + meta.mtime_nsec(),
         target,
+        // A link has none of its own, and its target's would be misleading.
+        metadata: if kind == EntryKind::File {
+            super::metadata::read(path)
+        } else {
+            Default::default()
+        },
     })
 }
 

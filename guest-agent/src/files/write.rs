@@ -1,17 +1,22 @@
 //! `PUT /files?path=&user=&mode=`: written beside the target, then renamed over it, so that a
 //! reader sees the old file or the new one and a broken upload leaves nothing.
 
-use super::AbsolutePath;
+use super::{AbsolutePath, metadata};
 use crate::query;
 use crate::server::{Answer, ApiError, json};
 use crate::users::{self, User};
 use crate::wire::codes;
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
+use hyper::http::HeaderMap;
+use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
+
+/// Start of the name that a file has while it is being uploaded.
+pub const UPLOAD_PREFIX: &str = ".rethaw-upload-";
 
 /// Who owns what is made, and with which permissions.
 #[derive(Debug, Clone)]
@@ -105,7 +110,7 @@ impl Upload {
     pub fn beside(target: &Path) -> io::Result<Self> {
         let mut random = [0u8; 8];
         crate::random::fill(&mut random)?;
-        let name = format!(".rethaw-upload-{}", hex::encode(random));
+        let name = format!("{UPLOAD_PREFIX}{}", hex::encode(random));
         let temporary = target.with_file_name(name);
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
         Ok(Self { file, temporary, kept: false })
@@ -117,6 +122,14 @@ impl Upload {
     /// The disk is full, or fails.
     pub fn write(&mut self, data: &[u8]) -> io::Result<()> {
         self.file.write_all(data)
+    }
+
+    /// Notes down what the uploader says about it.
+    ///
+    /// # Errors
+    /// The file system keeps no such notes, or not as many.
+    pub fn note(&self, metadata: &BTreeMap<String, String>) -> io::Result<()> {
+        metadata::write(&self.file, metadata)
     }
 
     /// Puts it in the target's place.
@@ -166,9 +179,10 @@ impl Drop for Upload {
 ///
 /// # Errors
 /// 400 for the path or a body that breaks off, 409 for a folder, 507 when the disk is full.
-pub async fn put(query: &str, mut body: Incoming) -> Answer {
+pub async fn put(query: &str, headers: &HeaderMap, mut body: Incoming) -> Answer {
     let path = AbsolutePath::from_query(query, "path")?;
     let ownership = Ownership::from_query(query)?;
+    let metadata = metadata::from_headers(headers)?;
     // A link is followed to what it points at, which is then replaced.
     let target = fs::canonicalize(path.as_path()).unwrap_or_else(|_| path.as_path().to_owned());
     if target.is_dir() || path.to_string().ends_with('/') {
@@ -185,6 +199,7 @@ pub async fn put(query: &str, mut body: Incoming) -> Answer {
             upload.write(&data).map_err(|e| path.error(&e))?;
         }
     }
+    upload.note(&metadata).map_err(|e| path.error(&e))?;
     upload.keep(&target, &ownership).map_err(|e| path.error(&e))?;
     json(&super::list::entry(&target).map_err(|e| path.error(&e))?)
 }

@@ -4,7 +4,7 @@
 use super::{Answer, ApiError, Body, json, read_json};
 use crate::agent::Agent;
 use crate::wire::{LintReport, codes};
-use crate::{boot, claim, exec, files, identity, settle, tunnel};
+use crate::{boot, claim, exec, files, identity, notify, settle, tunnel, usage, users};
 use hyper::body::Incoming;
 use hyper::http::{Method, Request, Response};
 use std::path::Path;
@@ -54,12 +54,19 @@ async fn route(agent: &Rc<Agent>, request: Request<Incoming>) -> Answer {
                 (&Method::GET, "/processes") => exec::control::list(agent),
                 (method, path) if path.starts_with("/processes/") => {
                     let rest = path.trim_start_matches("/processes/");
-                    exec::control::act(agent, method, rest, body).await
+                    exec::control::act(agent, method, rest, query, body).await
                 }
+                (&Method::GET, "/watch") => notify::stream(query),
+                (&Method::POST, "/watchers") => notify::add(agent, &read_json(body).await?),
+                (method, path) if path.starts_with("/watchers/") => {
+                    notify::act(agent, method, path.trim_start_matches("/watchers/"))
+                }
+                (&Method::GET, "/user") => users::find(agent, query),
+                (&Method::GET, "/usage") => json(&usage::usage(agent)?),
                 (
                     _,
                     "/exec" | "/files" | "/tunnel" | "/dir" | "/stat" | "/move" | "/processes"
-                    | "/lint",
+                    | "/lint" | "/watch" | "/watchers" | "/user" | "/usage",
                 ) => Err(method_not_allowed(method, path)),
                 _ => Err(ApiError::new(404, codes::NOT_FOUND, format!("no endpoint {path}"))),
             }

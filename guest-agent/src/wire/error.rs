@@ -60,6 +60,12 @@ pub mod codes {
     pub const INVALID_COMMAND: &str = "invalid_command";
     /// 429: too many commands at once.
     pub const TOO_MANY_PROCESSES: &str = "too_many_processes";
+    /// 404: no such watcher.
+    pub const WATCHER_NOT_FOUND: &str = "watcher_not_found";
+    /// 422: changes on a network file system may go unseen.
+    pub const NETWORK_FILE_SYSTEM: &str = "network_file_system";
+    /// 429: too many folders are watched.
+    pub const TOO_MANY_WATCHES: &str = "too_many_watches";
     /// 502: nothing listens on the guest's port.
     pub const PORT_NOT_OPEN: &str = "port_not_open";
     /// 507: the guest's disk is full.

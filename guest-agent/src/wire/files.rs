@@ -1,6 +1,7 @@
 //! Files and folders: listing, status, moving, watching. Contents travel as raw bytes.
 
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Kind of a directory entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,6 +39,9 @@ pub struct DirEntry {
     /// Where a symbolic link points.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target: Option<String>,
+    /// What its uploader noted about it, kept in extended attributes.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub metadata: BTreeMap<String, String>,
 }
 
 /// Answer to `GET /dir?path=&depth=`.
@@ -87,11 +91,76 @@ pub enum WatchKind {
     Overflow,
 }
 
-/// A line of `GET /watch?path=&recursive=`.
+/// A line of `GET /watch?path=&recursive=&entries=&network=`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WatchEvent {
     /// Path under the watched folder; empty for the folder itself.
     pub name: String,
     /// What happened.
     pub kind: WatchKind,
+    /// The entry as it is now, where it was asked for and is there still.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entry: Option<DirEntry>,
+}
+
+/// Body of `POST /watchers`: what is to be watched.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WatchRequest {
+    /// The folder.
+    pub path: String,
+    /// Folders below it as well.
+    #[serde(default)]
+    pub recursive: bool,
+    /// Describe each entry with its event.
+    #[serde(default)]
+    pub entries: bool,
+    /// Watch it even if it is on a network file system, whose changes may go unseen.
+    #[serde(default)]
+    pub network: bool,
+}
+
+/// Answer to `POST /watchers`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WatcherId {
+    /// Names the watcher in `/watchers/{id}`.
+    pub id: String,
+}
+
+/// Answer to `GET /watchers/{id}`: what happened since it was last asked.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WatchEvents {
+    /// The events, oldest first.
+    pub items: Vec<WatchEvent>,
+}
+
+/// Answer to `GET /user?name=`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserInfo {
+    /// Login name.
+    pub name: String,
+    /// User id.
+    pub uid: u32,
+    /// Primary group id.
+    pub gid: u32,
+    /// Home directory.
+    pub home: String,
+}
+
+/// Answer to `GET /usage`: what the machine is using now.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Processors.
+    pub cpu_count: u32,
+    /// Busy share of all processors since this was last asked, in percent.
+    pub cpu_used_percent: f64,
+    /// Memory of the machine.
+    pub memory_bytes: u64,
+    /// Memory that programs could not have now.
+    pub memory_used_bytes: u64,
+    /// Memory that holds copies of files.
+    pub memory_cache_bytes: u64,
+    /// Size of the root file system.
+    pub disk_bytes: u64,
+    /// What of it is in use.
+    pub disk_used_bytes: u64,
 }

@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 use snapshotter::image::Flavor;
 
 use super::home;
+use super::network::NetworkArgs;
 use super::serve_file::ServeFile;
 
 /// Where the service listens when nothing else is said.
@@ -35,6 +36,8 @@ pub struct ServeOptions {
     pub no_auth: bool,
     /// Sandboxes outlive a stop of the service.
     pub keep_vms: bool,
+    /// Networks of sandboxes.
+    pub network: NetworkArgs,
 }
 
 /// Which VMM the service uses.
@@ -116,6 +119,9 @@ pub struct ServeArgs {
     /// Let sandboxes run on when the service stops; the next one takes them back
     #[arg(long)]
     pub keep_vms: bool,
+
+    #[command(flatten)]
+    pub network: NetworkArgs,
 }
 
 /// Guests smaller than this do not boot, larger ones are surely a slip of the unit.
@@ -162,6 +168,7 @@ impl ServeArgs {
             flavor: self.flavor.or(file.flavor).map_or(Flavor::Default, Flavor::from),
             no_auth: self.insecure_no_auth,
             keep_vms: self.keep_vms,
+            network: self.network.or(file.network),
         })
     }
 }

@@ -7,6 +7,13 @@
 //! vmm = "qemu"            # auto, qemu, firecracker
 //! memory_mib = 512
 //! flavor = "default"      # default, min
+//!
+//! [network]
+//! mode = "auto"           # auto, on, off
+//! range = "10.231.0.0/16"
+//! dns = ["192.0.2.53"]
+//! deny_egress = ["192.168.0.0/16"]
+//! domain = "box.example.com"
 //! ```
 
 use std::net::SocketAddr;
@@ -14,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::network::NetworkArgs;
 use super::serve::{FlavorChoice, MEMORY_MIB, VmmChoice};
 
 /// What the file may say; everything is optional, and a name it does not know is an error.
@@ -32,6 +40,9 @@ pub struct ServeFile {
     pub memory_mib: Option<u64>,
     /// Kernel of the base template.
     pub flavor: Option<FlavorChoice>,
+    /// Networks of sandboxes.
+    #[serde(default)]
+    pub network: NetworkArgs,
 }
 
 /// Why a file cannot be used.
@@ -84,7 +95,8 @@ mod tests {
     #[test]
     fn all_settings_are_read() {
         let text = "listen = \"0.0.0.0:80\"\nhome = \"/srv\"\npool_target = 8\n\
-                    vmm = \"qemu\"\nmemory_mib = 256\nflavor = \"min\"\n";
+                    vmm = \"qemu\"\nmemory_mib = 256\nflavor = \"min\"\n\
+                    [network]\nmode = \"off\"\nrange = \"10.9.0.0/16\"\n";
         let file = ServeFile::parse(text).unwrap();
         assert_eq!(file.listen, Some("0.0.0.0:80".parse().unwrap()));
         assert_eq!(file.home, Some("/srv".into()));
@@ -92,6 +104,7 @@ mod tests {
         assert_eq!(file.vmm, Some(VmmChoice::Qemu));
         assert_eq!(file.memory_mib, Some(256));
         assert_eq!(file.flavor, Some(FlavorChoice::Min));
+        assert_eq!(file.network.range, Some([10, 9, 0, 0].into()));
     }
 
     #[test]

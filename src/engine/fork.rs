@@ -113,8 +113,13 @@ impl Engine {
             on_timeout: data.on_timeout,
             metadata: data.metadata,
             env: data.env,
+            network: data.network,
         };
-        let owner = Owner { access_token: super::ids::new_secret("sbx"), env: request.env.clone() };
+        let owner = Owner {
+            access_token: super::ids::new_secret("sbx"),
+            env: request.env.clone(),
+            network: request.network.clone(),
+        };
         let vm = lifecycle::restore(&self.context, source, Some(&owner)).await?;
         self.register(vm, Origin::Forked, source, request, owner.access_token, started).await
     }

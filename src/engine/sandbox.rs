@@ -11,6 +11,8 @@ use utoipa::ToSchema;
 
 use super::db::StoredIdentity;
 use super::lifecycle::{Machine, Timings};
+use crate::net::Addresses;
+use crate::net::policy::Policy;
 
 /// Where the machine came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -114,6 +116,12 @@ pub struct SandboxData {
     /// Snapshot it is paused in.
     #[serde(default)]
     pub paused_in: Option<String>,
+    /// What it may reach, and who may reach it.
+    #[serde(default)]
+    pub network: Policy,
+    /// Where it is reached; of its last run while it is paused.
+    #[serde(default)]
+    pub addresses: Option<Addresses>,
 }
 
 /// A sandbox.

@@ -8,6 +8,9 @@
 //! /v1/sandboxes/{id}/{pause,resume,fork}  transitions.rs
 //! /v1/sandboxes/{id}/exec              exec.rs
 //! /v1/sandboxes/{id}/files             files.rs
+//! /v1/sandboxes/{id}/network           network.rs
+//! /v1/sandboxes/{id}/ports/{port}/...  ports.rs     the sandbox's token does, too
+//! {port}-{id}.{domain}                 ports.rs     likewise
 //! /v1/templates[/{name}]               templates.rs
 //! /v1/pools[/{template}]               pools.rs
 //! ```
@@ -19,12 +22,13 @@ mod auth;
 mod error;
 mod exec;
 mod files;
-#[allow(dead_code, reason = "its users come with the port proxy")]
 mod host;
 mod json;
+mod network;
 mod openapi;
 mod ops;
 mod pools;
+mod ports;
 mod request_id;
 mod sandboxes;
 mod templates;
@@ -34,6 +38,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
+use axum::routing::any;
 use metrics_exporter_prometheus::PrometheusHandle;
 use utoipa::OpenApi;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
@@ -56,6 +61,8 @@ pub struct App {
     pub key: Option<ApiKey>,
     /// Renders `/metrics`.
     pub metrics: PrometheusHandle,
+    /// Domain of the host names of ports; any where there is none.
+    pub domain: Option<Arc<str>>,
 }
 
 /// All routes, ready to be served.
@@ -63,10 +70,21 @@ pub fn router(app: App) -> Router {
     let key = axum::middleware::from_fn_with_state(app.clone(), auth::require_key);
     let (router, _) = routes(|v1| v1.layer(key)).split_for_parts();
     router
+        .merge(ports())
         .fallback(|| async { ApiError::route_not_found() })
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
+        .layer(axum::middleware::from_fn_with_state(app.clone(), ports::by_host))
         .layer(axum::middleware::from_fn(request_id::track))
         .with_state(app)
+}
+
+/// Ports of sandboxes: what passes there is the guests' business, in body and in documentation.
+fn ports() -> Router<App> {
+    Router::new()
+        .route("/v1/sandboxes/{id}/ports/{port}", any(ports::by_path))
+        .route("/v1/sandboxes/{id}/ports/{port}/", any(ports::by_path))
+        .route("/v1/sandboxes/{id}/ports/{port}/{*rest}", any(ports::by_path))
+        .layer(DefaultBodyLimit::disable())
 }
 
 /// Every route, with its documentation; `guard` is laid around those that need a key.
@@ -88,6 +106,7 @@ fn v1() -> OpenApiRouter<App> {
         .routes(routes!(transitions::pause))
         .routes(routes!(transitions::resume))
         .routes(routes!(transitions::fork))
+        .routes(routes!(network::get, network::change))
         .routes(routes!(exec::exec))
         .routes(routes!(templates::list))
         .routes(routes!(templates::get))

@@ -1,6 +1,6 @@
 //! `/v1/sandboxes`: create, list, get, delete, timeout.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::time::Duration;
 
@@ -17,11 +17,13 @@ use utoipa::{IntoParams, ToSchema};
 use super::App;
 use super::error::ApiError;
 use super::json::JsonBody;
+use super::network::{NetworkView, PolicyBody, internet_schema};
 use super::openapi::{env_schema, filters_schema, metadata_schema};
 use crate::engine::CreateRequest;
 use crate::engine::identity::ItemView;
 use crate::engine::lifecycle::Timings;
 use crate::engine::sandbox::{OnTimeout, Origin, Sandbox, State as SandboxState};
+use crate::net::policy::{Internet, Limits, Policy};
 
 const DEFAULT_TIMEOUT_SECONDS: u64 = 300;
 /// Labels a sandbox may have.
@@ -59,6 +61,8 @@ pub struct SandboxView {
     on_timeout: OnTimeout,
     /// VMM that runs it
     vmm: String,
+    /// Where it is, what it may reach, and who may reach it
+    network: NetworkView,
     /// What makes it another machine than its siblings
     identity: IdentityView,
     /// Phases of the request that made, resumed or paused it
@@ -93,6 +97,7 @@ impl SandboxView {
     pub fn new(sandbox: &Sandbox, access_token: Option<String>) -> Self {
         let data = sandbox.data();
         let identity = sandbox.identity();
+        let network = NetworkView::of(&data);
         Self {
             id: data.id,
             template: data.template,
@@ -104,6 +109,7 @@ impl SandboxView {
             timeout_seconds: data.timeout_seconds,
             on_timeout: data.on_timeout,
             vmm: data.vmm,
+            network,
             identity: IdentityView {
                 hostname: identity.values.hostname,
                 machine_id: identity.values.machine_id,
@@ -152,6 +158,13 @@ pub struct CreateBody {
     /// What happens when the life time is over
     #[serde(default)]
     on_timeout: OnTimeout,
+    #[schema(schema_with = internet_schema)]
+    internet: Option<Internet>,
+    /// Most that passes in each direction
+    network_limits: Option<Limits>,
+    /// Ports that anybody may reach through the service, without a token
+    #[schema(value_type = Option<Vec<u16>>, max_items = 64)]
+    public_ports: Option<BTreeSet<u16>>,
 }
 
 /// Checks a life time against the service's limit.
@@ -219,12 +232,18 @@ pub async fn create(
     let timeout = timeout(&app, body.timeout_seconds.unwrap_or(DEFAULT_TIMEOUT_SECONDS))?;
     check_metadata(&body.metadata)?;
     check_env(&body.env)?;
+    let wanted = PolicyBody {
+        internet: body.internet,
+        network_limits: body.network_limits,
+        public_ports: body.public_ports,
+    };
     let request = CreateRequest {
         template: body.template,
         timeout,
         on_timeout: body.on_timeout,
         metadata: body.metadata,
         env: body.env,
+        network: wanted.on(&app, Policy::default())?,
     };
     let created = app.engine.create(request).await?;
     let view = SandboxView::new(&created.sandbox, Some(created.access_token));

@@ -21,7 +21,7 @@ use crate::cli::serve::ServeOptions;
 use crate::engine::{Engine, EngineConfig};
 use crate::failpoint;
 use crate::http::{self, ApiKey, App};
-use crate::net::{Network, NetworkConfig};
+use crate::net::{NOTE, Network, NetworkConfig};
 use crate::paths::Paths;
 
 /// Pool size of a template for which no operator has set one.
@@ -117,7 +117,8 @@ async fn start_network(home: &Path, args: NetworkArgs) -> anyhow::Result<Option<
     }
     let config = NetworkConfig {
         home: home.to_owned(),
-        state: state_dir(home),
+        // Beside the page server's directory, which is its own.
+        note: state_dir(home).with_extension(NOTE.trim_start_matches('.')),
         network: args.range,
         dns: args.dns,
         denied: args.deny_egress,

@@ -60,6 +60,7 @@ impl Cidr {
     }
 
     /// Whether `address` is in it.
+    #[cfg(test)]
     pub fn contains(&self, address: IpAddr) -> bool {
         let (first, last) = self.range();
         address.is_ipv4() == self.is_v4() && (first..=last).contains(&bits(address))

@@ -21,6 +21,8 @@ use super::slot::sysctl;
 
 const ICMP_V6: u8 = 58;
 const NEIGHBOUR: [u8; 2] = [135, 136];
+/// End of the names of notes, all of one directory.
+pub const NOTE: &str = ".network.json";
 /// Counters of what the table dropped.
 pub const COUNTERS: &[&str] = &["host", "between"];
 
@@ -33,6 +35,16 @@ struct Note {
     v6: bool,
     /// Switches below `/proc/sys/net` that were 0 and are 1 now.
     switches: BTreeSet<String>,
+}
+
+impl Note {
+    fn read(path: &Path) -> io::Result<Self> {
+        match fs::read(path) {
+            Ok(text) => Ok(serde_json::from_slice(&text)?),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(e) => Err(e),
+        }
+    }
 }
 
 /// The host's side of all slots.
@@ -126,13 +138,9 @@ impl Host {
     ///
     /// # Errors
     /// What could not be done; nothing is left of it but the note.
-    pub fn set_up(home: &Path, state: &Path, network: Option<Ipv4Addr>) -> io::Result<Self> {
-        let path = state.join("network.json");
-        let mut note: Note = match fs::read(&path) {
-            Ok(text) => serde_json::from_slice(&text).unwrap_or_default(),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Note::default(),
-            Err(e) => return Err(e),
-        };
+    pub fn set_up(home: &Path, note: &Path, network: Option<Ipv4Addr>) -> io::Result<Self> {
+        let path = note.to_owned();
+        let mut note = Note::read(&path)?;
         let home = home.canonicalize().unwrap_or_else(|_| home.to_owned());
         let home = home.to_string_lossy();
         let own = Plan::new(&home, Ipv4Addr::UNSPECIFIED, false).link_prefix;
@@ -153,6 +161,8 @@ impl Host {
         let plan = Plan::new(&home, v4, v6);
         (note.network, note.v6) = (Some(v4), v6);
         note.switches.extend(outside.switches(v6)?);
+        // Those that another service here switched on are ours, too: the last to go switches off.
+        note.switches.extend(others(&path).into_iter().flat_map(|other| other.switches));
         write(&path, &note)?;
         let host = Self { plan, path, note };
         let done = host.put_in_place();
@@ -225,7 +235,9 @@ impl Host {
             Batch::new(&self.plan.table).table().delete_table().commit(&mut netlink)
         });
         let mut clean = removed.inspect_err(|e| tracing::error!("network: {e}")).is_ok();
-        for switch in &self.note.switches {
+        let others = others(&self.path);
+        let needed = |switch: &String| others.iter().any(|other| other.switches.contains(switch));
+        for switch in self.note.switches.iter().filter(|switch| !needed(switch)) {
             match sysctl(switch, "0") {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => {
                     tracing::error!("network: {e}");
@@ -238,6 +250,16 @@ impl Host {
             let _ = fs::remove_file(&self.path);
         }
     }
+}
+
+/// What other services on this machine have noted.
+fn others(own: &Path) -> Vec<Note> {
+    let files = own.parent().into_iter().flat_map(fs::read_dir).flatten().flatten();
+    files
+        .map(|entry| entry.path())
+        .filter(|path| path != own && path.to_string_lossy().ends_with(NOTE))
+        .filter_map(|path| Note::read(&path).ok())
+        .collect()
 }
 
 fn routes_overlap(routes: &[Route], network: Ipv4Addr) -> bool {
@@ -256,7 +278,7 @@ fn write(path: &Path, note: &Note) -> io::Result<()> {
     if let Some(dir) = path.parent() {
         fs::create_dir_all(dir)?;
     }
-    let draft = path.with_extension("new");
+    let draft = path.with_extension("draft");
     let mut file = fs::File::create(&draft)?;
     file.write_all(&serde_json::to_vec(note)?)?;
     file.sync_all()?;

@@ -42,6 +42,12 @@ impl Lease {
         (rules::TAP.to_owned(), self.slot.as_ref().map(Slot::netns_path))
     }
 
+    /// The slot's own part of it.
+    #[cfg(test)]
+    pub(super) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
     /// A handle to the rules, for as long as the VM lives.
     pub fn rules(&self) -> NetworkRules {
         NetworkRules(Arc::clone(&self.shared))

@@ -77,19 +77,26 @@ impl Links {
         Netlink::open(SockProtocol::NetlinkRoute).map(Self)
     }
 
-    /// Makes a cable: one end here, the other in `netns`.
-    pub fn cable(&mut self, here: &str, there: &str, netns: BorrowedFd<'_>) -> io::Result<()> {
+    /// Makes a cable: one end here, the other in `netns`; each a name and a hardware address.
+    pub fn cable(
+        &mut self,
+        here: (&str, [u8; 6]),
+        there: (&str, [u8; 6]),
+        netns: BorrowedFd<'_>,
+    ) -> io::Result<()> {
         let fd = netns.as_raw_fd().to_ne_bytes();
         let far = Attributes::new()
             .fixed(&ifinfo(0, false))
-            .put(libc::IFLA_IFNAME, &text(there))
+            .put(libc::IFLA_IFNAME, &text(there.0))
+            .put(libc::IFLA_ADDRESS, &there.1)
             .put(libc::IFLA_NET_NS_FD, &fd);
         let info = Attributes::new()
             .put(libc::IFLA_INFO_KIND, b"veth")
             .nest(libc::IFLA_INFO_DATA, &Attributes::new().nest(VETH_INFO_PEER, &far));
         let request = Request::new(libc::RTM_NEWLINK, libc::NLM_F_CREATE | libc::NLM_F_EXCL)
             .payload(&ifinfo(0, false))
-            .attribute(libc::IFLA_IFNAME, &text(here))
+            .attribute(libc::IFLA_IFNAME, &text(here.0))
+            .attribute(libc::IFLA_ADDRESS, &here.1)
             .nested(libc::IFLA_LINKINFO, &info);
         self.0.change(request)
     }

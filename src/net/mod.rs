@@ -40,6 +40,7 @@ use tokio::sync::{Notify, watch};
 
 use cidr::Cidr;
 use host::Host;
+pub use host::NOTE;
 pub use lease::{Lease, NetworkRules};
 pub use nft::Count;
 pub use plan::Addresses;
@@ -59,8 +60,8 @@ const RETRY: Duration = Duration::from_secs(2);
 pub struct NetworkConfig {
     /// The service's data directory, which names its links and its table.
     pub home: PathBuf,
-    /// Where changes to the host are noted; gone with the machine.
-    pub state: PathBuf,
+    /// The file in which changes to the host are noted; gone with the machine.
+    pub note: PathBuf,
     /// The slots' network, a /16.
     pub network: Option<Ipv4Addr>,
     /// Name servers, in place of the host's.
@@ -120,8 +121,8 @@ impl Network {
     /// What is missing, or what the kernel refuses.
     pub async fn start(config: NetworkConfig) -> Result<Arc<Self>, NetworkError> {
         probe::probe().await.map_err(NetworkError::Host)?;
-        let NetworkConfig { home, state, network, dns, denied } = config;
-        let host = blocking(move || Host::set_up(&home, &state, network)).await;
+        let NetworkConfig { home, note, network, dns, denied } = config;
+        let host = blocking(move || Host::set_up(&home, &note, network)).await;
         let host = host.map_err(NetworkError::Host)?;
         // Not from the start: what a service before this one used last comes last.
         let first = rand::random_range(1..plan::SLOTS);

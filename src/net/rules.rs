@@ -35,6 +35,8 @@ const ICMP_V6: u8 = 58;
 const PING: u8 = 8;
 const PING_V6: u8 = 128;
 const NEIGHBOUR: [u8; 2] = [135, 136];
+/// Router solicitations, reports of multicast listeners.
+const SEARCHES: [u8; 3] = [133, 131, 143];
 const DNS: u16 = 53;
 
 /// Named counters of what did not pass, in the order of the API.
@@ -143,6 +145,11 @@ pub fn attached(addresses: &Addresses, mac: [u8; 6]) -> Batch {
                 let rule = Rule::new().family(Family::V6).transport(ICMP_V6).icmp_type(kind);
                 batch = batch.rule("spoof", rule.then(&Verdict::Accept));
             }
+            // Its kernel looks for routers and groups by itself; there are none.
+            for kind in SEARCHES {
+                let rule = Rule::new().family(Family::V6).transport(ICMP_V6).icmp_type(kind);
+                batch = batch.rule("spoof", rule.then(&Verdict::Drop));
+            }
             batch = batch.rule("spoof", spoofed(Rule::new().other_source(ipv6.into())));
         }
     }
@@ -197,7 +204,12 @@ pub fn names(addresses: &[std::net::IpAddr], timeout: Duration) -> Batch {
             .filter(|a| a.is_ipv4() == v4)
             .map(|a| Element::passing(*a, timeout))
             .collect();
-        batch = batch.elements(&format!("names{suffix}"), &elements);
+        let set = format!("names{suffix}");
+        // One that is there would keep its old time: it is made sure of, removed and made anew.
+        batch = batch
+            .elements(&set, &elements)
+            .remove_elements(&set, &elements)
+            .elements(&set, &elements);
     }
     batch
 }

@@ -32,6 +32,11 @@ use super::rules::{self, TABLE, TAP, UP};
 const ANY: (std::net::IpAddr, u8) = (std::net::IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
 const ANY_V6: (std::net::IpAddr, u8) = (std::net::IpAddr::V6(Ipv6Addr::UNSPECIFIED), 0);
 
+/// Hardware addresses of a cable's ends, the service's and the slot's: nobody else is on it. With
+/// each end told the other's, nobody asks, which for IPv6 would need yet another address.
+const HERE: [u8; 6] = [0x02, 0x72, 0x74, 0, 0, 1];
+const THERE: [u8; 6] = [0x02, 0x72, 0x74, 0, 0, 2];
+
 /// What every part of a slot can reach: also its name server, which lives in a task.
 #[derive(Debug)]
 pub struct Shared {
@@ -98,9 +103,11 @@ impl Slot {
         let name = plan.link(number);
         // The name is the claim to the number: only one cable can have it.
         let mut links = Links::open()?;
-        links.cable(&name, UP, netns.as_fd()).map_err(|e| match e.raw_os_error() {
-            Some(nix::libc::EEXIST) => io::ErrorKind::AlreadyExists.into(),
-            _ => failed("cable")(e),
+        links.cable((&name, HERE), (UP, THERE), netns.as_fd()).map_err(|e| {
+            match e.raw_os_error() {
+                Some(nix::libc::EEXIST) => io::ErrorKind::AlreadyExists.into(),
+                _ => failed("cable")(e),
+            }
         })?;
         // From here on a failure closes the namespace, which takes the cable with it.
         inside.addresses(plan, number)?;
@@ -238,11 +245,13 @@ impl Inside {
         let up = links.index(UP)?;
         links.up_bare(up).map_err(failed("cable"))?;
         links.address(up, there.into(), CABLE_PREFIX).map_err(failed("cable's address"))?;
+        links.neighbour(up, here.into(), HERE).map_err(failed("cable"))?;
         links.route(up, ANY, here.into()).map_err(failed("default route"))?;
         if let (Some(gateway), Some((here, there))) = (addresses.gateway_v6, plan.cable_v6(number))
         {
             links.address(tap, gateway.into(), GUEST_PREFIX_V6).map_err(failed("gateway"))?;
             links.address(up, there.into(), CABLE_PREFIX_V6).map_err(failed("cable's address"))?;
+            links.neighbour(up, here.into(), HERE).map_err(failed("cable"))?;
             links.route(up, ANY_V6, here.into()).map_err(failed("default route"))?;
         }
         Ok(())
@@ -256,11 +265,13 @@ fn outside(links: &mut Links, plan: &Plan, number: u16, name: &str) -> io::Resul
     let (here, there) = plan.cable(number);
     let addresses = plan.addresses(number);
     links.address(index, here.into(), CABLE_PREFIX).map_err(failed("cable's address"))?;
+    links.neighbour(index, there.into(), THERE).map_err(failed("cable"))?;
     let guest = (addresses.ipv4.into(), 32);
     links.route(index, guest, there.into()).map_err(failed("route to the guest"))?;
     sysctl(&format!("ipv4/conf/{name}/forwarding"), "1")?;
     if let (Some(ipv6), Some((here, there))) = (addresses.ipv6, plan.cable_v6(number)) {
         links.address(index, here.into(), CABLE_PREFIX_V6).map_err(failed("cable's address"))?;
+        links.neighbour(index, there.into(), THERE).map_err(failed("cable"))?;
         links
             .route(index, (ipv6.into(), 128), there.into())
             .map_err(failed("route to the guest"))?;

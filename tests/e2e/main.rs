@@ -11,6 +11,7 @@ mod client;
 mod home;
 mod process;
 mod service;
+mod world;
 
 mod commands;
 mod death;
@@ -22,7 +23,9 @@ mod identity_first;
 mod identity_hooks;
 mod identity_verify;
 mod openapi;
+mod network;
 mod pause;
+mod ports;
 mod refusals;
 mod restart;
 mod sandboxes;

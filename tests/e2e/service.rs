@@ -292,6 +292,8 @@ fn spawn(home: &Home, options: &[String], start: u32) -> Child {
         .arg(home.path())
         .args(options)
         .env("NO_COLOR", "1")
+        // Where a test does not make a network of its own, the machine's is left alone.
+        .env("RETHAW_NETWORK", "off")
         .stdout(Stdio::null())
         .stderr(log);
     command.spawn().unwrap()

@@ -179,6 +179,19 @@ impl Batch {
         self.push(request, format!("elements of {set}"))
     }
 
+    /// Takes elements, which must be there, out of a set.
+    pub fn remove_elements(self, set: &str, elements: &[Element]) -> Self {
+        if elements.is_empty() {
+            return self;
+        }
+        let list = elements.iter().fold(Attributes::new(), |list, e| list.nest(1, &e.key()));
+        let request = message(NFTABLES, DELETE_ELEMENT, 0, INET)
+            .attribute(1, &self.table)
+            .attribute(2, &text(set))
+            .nested(3, &list);
+        self.push(request, format!("removal from {set}"))
+    }
+
     /// Empties a set.
     pub fn flush_set(self, set: &str) -> Self {
         let request = message(NFTABLES, DELETE_ELEMENT, 0, INET)

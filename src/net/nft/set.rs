@@ -67,8 +67,13 @@ impl Element {
         Self { key, end: false, timeout: Some(timeout) }
     }
 
+    /// What names it.
+    pub(super) fn key(&self) -> Attributes {
+        Attributes::new().nest(1, &value(&self.key))
+    }
+
     pub(super) fn attributes(&self) -> Attributes {
-        let mut attributes = Attributes::new().nest(1, &value(&self.key));
+        let mut attributes = self.key();
         if self.end {
             attributes = attributes.put(3, &INTERVAL_END.to_be_bytes());
         }

@@ -12,6 +12,7 @@ mod engine;
 mod failpoint;
 mod http;
 mod metrics;
+mod net;
 mod paths;
 mod serve;
 

@@ -8,6 +8,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use uffd_handler::stats::Stats;
 
 use crate::engine::Engine;
+use crate::net::Network;
 
 /// Upper bounds of the latency histograms, in seconds.
 const BUCKETS: &[f64] =
@@ -48,7 +49,21 @@ pub fn sample(engine: &Engine) {
             .set(f64::from(count));
     }
     metrics::gauge!("rethaw_uptime_seconds").set(engine.uptime().as_secs_f64());
+    if let Some(net) = engine.network() {
+        network(net);
+    }
     page_server(&engine.pager().stats());
+}
+
+/// Slots, and packets by what became of them.
+fn network(network: &Network) {
+    let (ready, used) = network.slots();
+    for (state, count) in [("ready", ready), ("used", used)] {
+        metrics::gauge!("rethaw_net_slots", "state" => state).set(count as f64);
+    }
+    for (outcome, packets) in network.counted() {
+        metrics::counter!("rethaw_net_packets_total", "outcome" => outcome).absolute(packets);
+    }
 }
 
 /// The page server's counts, kept by its supervisor over takeovers.

@@ -16,11 +16,13 @@ use tokio::signal::unix::{SignalKind, signal};
 use uffd_handler::supervisor::{Supervisor, SupervisorConfig};
 
 use crate::choose;
+use crate::cli::network::{NetworkArgs, NetworkChoice};
 use crate::cli::serve::ServeOptions;
 use crate::engine::keyring::{Keyring, MasterKey};
 use crate::engine::{Engine, EngineConfig};
 use crate::failpoint;
 use crate::http::{self, ApiKey, App};
+use crate::net::{NOTE, Network, NetworkConfig};
 use crate::paths::Paths;
 
 /// Pool size of a template for which no operator has set one.
@@ -96,9 +98,11 @@ async fn serve(
         working_sets: options.working_sets,
         graduate_after: options.graduate_after_seconds.map(Duration::from_secs),
     };
-    let engine = Engine::start(config, driver, pager, keys).await?;
+    let domain = options.network.domain.clone();
+    let network = start_network(home, options.network.clone()).await?;
+    let engine = Engine::start(config, driver, pager, keys, network).await?;
     tracing::info!("listening on http://{}", listener.local_addr()?);
-    let app = App { engine: Arc::clone(&engine), key, metrics };
+    let app = App { engine: Arc::clone(&engine), key, metrics, domain: domain.map(Arc::from) };
     run_http(listener, app, stop).await?;
     if options.keep_vms {
         engine.leave().await;
@@ -108,6 +112,35 @@ async fn serve(
         tracing::info!("stopped");
     }
     Ok(())
+}
+
+/// Networks for sandboxes, where they can be made or have to be.
+async fn start_network(home: &Path, args: NetworkArgs) -> anyhow::Result<Option<Arc<Network>>> {
+    let mode = args.mode.unwrap_or_default();
+    if mode == NetworkChoice::Off {
+        tracing::info!("sandboxes have no network: it is switched off");
+        return Ok(None);
+    }
+    let config = NetworkConfig {
+        home: home.to_owned(),
+        // Beside the page server's directory, which is its own.
+        note: state_dir(home).with_extension(NOTE.trim_start_matches('.')),
+        network: args.range,
+        dns: args.dns,
+        denied: args.deny_egress,
+    };
+    match Network::start(config).await {
+        Ok(network) => {
+            let (range, v6) = network.describe();
+            tracing::info!(%range, ipv6 = v6, "sandboxes have networks of their own");
+            Ok(Some(network))
+        }
+        Err(e) if mode == NetworkChoice::On => Err(e).context("--network on"),
+        Err(e) => {
+            tracing::warn!("sandboxes have no network: {e}");
+            Ok(None)
+        }
+    }
 }
 
 /// Serves until told to stop; then finishes open requests, but not for ever.

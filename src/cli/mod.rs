@@ -14,6 +14,7 @@ pub mod home;
 mod human;
 mod ls;
 mod many;
+pub mod network;
 mod output;
 mod pool;
 mod remote;

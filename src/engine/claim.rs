@@ -17,6 +17,7 @@ use super::sandbox::{OnTimeout, Origin, Sandbox, SandboxData};
 use super::template::{ReadyTemplate, TemplateState};
 use super::token::AccessToken;
 use crate::failpoint;
+use crate::net::policy::Policy;
 
 /// Parked VMs tried before one is restored on the spot.
 const PARKED_TRIES: u32 = 3;
@@ -38,6 +39,8 @@ pub struct CreateRequest {
     pub idle_timeout: Option<Duration>,
     /// Name of the request that asked for it, when that one can be sent again.
     pub made_by: Option<String>,
+    /// What it may reach.
+    pub network: Policy,
 }
 
 /// What is given.
@@ -121,7 +124,11 @@ impl Engine {
     ) -> Result<Created, CreateError> {
         let under_way = UnderWay::new(&self.claims);
         let started = Instant::now();
-        let owner = Owner { access_token: self.tokens.issue(), env: request.env.clone() };
+        let owner = Owner {
+            access_token: self.tokens.issue(),
+            env: request.env.clone(),
+            network: request.network.clone(),
+        };
         let mut tries = 0;
         let (vm, origin) = loop {
             let parked = if tries < PARKED_TRIES { self.take_parked(&template.name) } else { None };
@@ -129,6 +136,12 @@ impl Engine {
                 break (self.restore_now(template, &owner, started).await?, Origin::Restored);
             };
             tries += 1;
+            // Before the guest runs.
+            if let Err(e) = parked.inner.set_policy(&owner.network).await {
+                self.discard(parked.inner, &e).await;
+                continue;
+            }
+            let network = started.elapsed();
             let mut vm = match parked.unpark().await {
                 Ok(vm) => vm,
                 Err((vm, e)) => {
@@ -139,7 +152,8 @@ impl Engine {
             failpoint::reached("claim.unparked").await;
             // A pooled VM's restore is nobody's wait.
             vm.timings.clear();
-            vm.timings.insert("resume".to_owned(), millis(started.elapsed()));
+            vm.timings.insert("network".to_owned(), millis(network));
+            vm.timings.insert("resume".to_owned(), millis(started.elapsed() - network));
             match self.hand_over(vm, &owner).await {
                 Ok(vm) => break (vm, Origin::Warm),
                 Err(e) => tracing::warn!("claim: {e}; taking another VM"),
@@ -235,6 +249,8 @@ impl Engine {
             key: None,
             idle_timeout_seconds: request.idle_timeout.map(|t| t.as_secs()),
             made_by: request.made_by,
+            network: request.network,
+            addresses: vm.machine.addresses().cloned(),
         };
         // Before the caller hears of it: a service killed from here on knows whose VM this is.
         if let Err(e) = self.context.db.vm_claimed(&vm.id, &data, &vm.identity).await {

@@ -9,6 +9,9 @@
 //! /v1/sandboxes/{id}/exec              exec.rs
 //! /v1/sandboxes/{id}/pty               pty.rs
 //! /v1/sandboxes/{id}/files             files.rs
+//! /v1/sandboxes/{id}/network           network.rs
+//! /v1/sandboxes/{id}/ports/{port}/...  ports.rs     the sandbox's token does, too
+//! {port}-{id}.{domain}                 ports.rs     likewise
 //! /v1/templates[/{name}]               templates.rs
 //! /v1/pools[/{template}]               pools.rs
 //! /sandboxes /v2/... /process.Process/... /files ...   what E2B's SDKs ask for: crate::e2b
@@ -26,9 +29,11 @@ pub mod files;
 pub mod host;
 pub mod idempotency;
 pub mod json;
+mod network;
 mod openapi;
 mod ops;
 mod pools;
+mod ports;
 mod pty;
 mod request_id;
 pub mod sandboxes;
@@ -39,7 +44,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::routing::get;
+use axum::routing::{any, get};
 use metrics_exporter_prometheus::PrometheusHandle;
 use utoipa::OpenApi;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
@@ -63,6 +68,8 @@ pub struct App {
     pub key: Option<ApiKey>,
     /// Renders `/metrics`.
     pub metrics: PrometheusHandle,
+    /// Domain of the host names of ports; any where there is none.
+    pub domain: Option<Arc<str>>,
 }
 
 /// All routes, ready to be served.
@@ -73,11 +80,22 @@ pub fn router(app: App) -> Router {
     router
         .merge(e2b::control_routes().layer(once).layer(key))
         .merge(e2b::data_routes())
+        .merge(ports())
         .fallback(|| async { ApiError::route_not_found() })
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
+        .layer(axum::middleware::from_fn_with_state(app.clone(), ports::by_host))
         .layer(axum::middleware::from_fn_with_state(app.clone(), e2b::by_host))
         .layer(axum::middleware::from_fn(request_id::track))
         .with_state(app)
+}
+
+/// Ports of sandboxes: what passes there is the guests' business, in body and in documentation.
+fn ports() -> Router<App> {
+    Router::new()
+        .route("/v1/sandboxes/{id}/ports/{port}", any(ports::by_path))
+        .route("/v1/sandboxes/{id}/ports/{port}/", any(ports::by_path))
+        .route("/v1/sandboxes/{id}/ports/{port}/{*rest}", any(ports::by_path))
+        .layer(DefaultBodyLimit::disable())
 }
 
 /// Every route, with its documentation; `guard` is laid around those that need a key.
@@ -99,6 +117,7 @@ fn v1() -> OpenApiRouter<App> {
         .routes(routes!(transitions::pause))
         .routes(routes!(transitions::resume))
         .routes(routes!(transitions::fork))
+        .routes(routes!(network::get, network::change))
         .routes(routes!(exec::exec))
         // A WebSocket is nothing that OpenAPI could describe.
         .route("/sandboxes/{id}/pty", get(pty::pty))

@@ -6,10 +6,12 @@
 
 mod choose;
 mod cli;
+mod dashboard;
 mod doctor;
 mod engine;
 mod failpoint;
 mod http;
+mod live;
 mod metrics;
 mod paths;
 mod serve;

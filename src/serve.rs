@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use snapshotter::vmm::MachineSize;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 use uffd_handler::supervisor::{Supervisor, SupervisorConfig};
 
 use crate::choose;
@@ -20,6 +21,7 @@ use crate::cli::serve::ServeOptions;
 use crate::engine::{Engine, EngineConfig};
 use crate::failpoint;
 use crate::http::{self, ApiKey, App};
+use crate::live::History;
 use crate::paths::Paths;
 
 /// Pool size of a template for which no operator has set one.
@@ -92,8 +94,13 @@ async fn serve(
     };
     let engine = Engine::start(config, driver, pager).await?;
     tracing::info!("listening on http://{}", listener.local_addr()?);
-    let app = App { engine: Arc::clone(&engine), key, metrics };
-    run_http(listener, app, stop).await?;
+    let history = Arc::new(History::default());
+    let recording = tokio::spawn(Arc::clone(&history).record(Arc::clone(&engine)));
+    let closing = CancellationToken::new();
+    let app = App { engine: Arc::clone(&engine), key, metrics, history, closing };
+    let served = run_http(listener, app, stop).await;
+    recording.abort();
+    served?;
     if options.keep_vms {
         engine.leave().await;
         tracing::info!("stopped; sandboxes run on and are taken back by the next service");
@@ -112,10 +119,12 @@ async fn run_http(
 ) -> anyhow::Result<()> {
     let stopping = Arc::new(tokio::sync::Notify::new());
     let told = Arc::clone(&stopping);
+    let closing = app.closing.clone();
     let stop = async move {
         let why = stop.await;
         tracing::info!("{why}: stopping");
         told.notify_one();
+        closing.cancel();
     };
     let server = axum::serve(listener, http::router(app)).with_graceful_shutdown(stop);
     tokio::select! {

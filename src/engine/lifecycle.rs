@@ -28,6 +28,7 @@ use super::identity::{self, Identity, Owner};
 use super::ids;
 use super::template::ReadyTemplate;
 use crate::failpoint;
+use crate::live::{self, Series};
 
 /// How long a restored guest may take to answer for the first time.
 const AGENT_DEADLINE: Duration = Duration::from_secs(10);
@@ -353,7 +354,9 @@ impl Spawned {
         if awaited {
             failpoint::reached("restore.identified").await;
         }
-        done.timings.insert("restore".to_owned(), millis(started.elapsed()));
+        let elapsed = started.elapsed();
+        done.timings.insert("restore".to_owned(), millis(elapsed));
+        live::took(Series::Restore, elapsed);
         record_phases(&done.timings);
         metrics::counter!("rethaw_identity_total", "outcome" => "proven").increment(1);
         Ok(done)

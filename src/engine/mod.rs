@@ -51,6 +51,7 @@ use sandbox::{Sandbox, State};
 use template::Template;
 
 use crate::failpoint;
+use crate::live;
 pub use workspace::WorkspaceError;
 
 /// What the engine needs to start.
@@ -224,6 +225,11 @@ impl Engine {
         all
     }
 
+    /// Every pool's numbers by its template, without a look at the sandboxes.
+    pub fn pool_numbers(&self) -> Vec<(String, PoolNumbers)> {
+        self.pools.iter().map(|p| (p.key().clone(), p.value().numbers())).collect()
+    }
+
     fn claimed(&self, template: &str) -> u32 {
         let of = |s: &Sandbox| s.data().template == template && s.state() != State::Paused;
         self.sandboxes.iter().filter(|s| of(s.value())).count() as u32
@@ -253,6 +259,7 @@ impl Engine {
         let name = ready.name.clone();
         let pool = Pool::new(ready, self.context.clone(), target, self.claims.subscribe());
         self.pools.insert(name, Arc::clone(&pool));
+        live::changed();
         self.spawn(pool.run());
         Ok(())
     }
@@ -321,6 +328,7 @@ impl Engine {
         failpoint::reached("delete.killed").await;
         self.expiries.clear(&id);
         self.sandboxes.remove(&id);
+        live::changed();
         self.context.db.vm_gone(&id).await?;
         failpoint::reached("delete.noted").await;
         let data = sandbox.data();

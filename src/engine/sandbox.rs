@@ -11,6 +11,7 @@ use utoipa::ToSchema;
 
 use super::db::StoredIdentity;
 use super::lifecycle::{Machine, Timings};
+use crate::live;
 
 /// Where the machine came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -169,6 +170,7 @@ impl Sandbox {
     pub fn update(&self, change: impl FnOnce(&mut SandboxData)) -> SandboxData {
         let mut data = self.data.write().unwrap_or_else(std::sync::PoisonError::into_inner);
         change(&mut data);
+        live::changed();
         data.clone()
     }
 
@@ -184,6 +186,7 @@ impl Sandbox {
 
     pub(super) fn set_state(&self, state: State) {
         write(&self.state, state);
+        live::changed();
     }
 
     /// Connection to its agent while it runs.

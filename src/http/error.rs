@@ -75,7 +75,7 @@ impl ApiError {
         }
     }
 
-    fn retry_after(mut self, seconds: u32) -> Self {
+    pub fn retry_after(mut self, seconds: u32) -> Self {
         self.retry_after_seconds = Some(seconds);
         self
     }

@@ -7,20 +7,24 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
+mod browser;
 mod client;
 mod home;
 mod process;
 mod service;
 
 mod commands;
+mod dashboard;
 mod death;
 mod exec;
+mod feed;
 mod files;
 mod fork;
 mod identity;
 mod identity_first;
 mod identity_hooks;
 mod identity_verify;
+mod metrics;
 mod openapi;
 mod pause;
 mod refusals;

@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use snapshotter::vmm::MachineSize;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 use uffd_handler::supervisor::{Supervisor, SupervisorConfig};
 
 use crate::choose;
@@ -22,6 +23,7 @@ use crate::engine::keyring::{Keyring, MasterKey};
 use crate::engine::{Engine, EngineConfig};
 use crate::failpoint;
 use crate::http::{self, ApiKey, App};
+use crate::live::History;
 use crate::net::{NOTE, Network, NetworkConfig};
 use crate::paths::Paths;
 
@@ -102,8 +104,14 @@ async fn serve(
     let network = start_network(home, options.network.clone()).await?;
     let engine = Engine::start(config, driver, pager, keys, network).await?;
     tracing::info!("listening on http://{}", listener.local_addr()?);
-    let app = App { engine: Arc::clone(&engine), key, metrics, domain: domain.map(Arc::from) };
-    run_http(listener, app, stop).await?;
+    let history = Arc::new(History::default());
+    let recording = tokio::spawn(Arc::clone(&history).record(Arc::clone(&engine)));
+    let closing = CancellationToken::new();
+    let domain = domain.map(Arc::from);
+    let app = App { engine: Arc::clone(&engine), key, metrics, domain, history, closing };
+    let served = run_http(listener, app, stop).await;
+    recording.abort();
+    served?;
     if options.keep_vms {
         engine.leave().await;
         tracing::info!("stopped; sandboxes run on and are taken back by the next service");
@@ -151,10 +159,12 @@ async fn run_http(
 ) -> anyhow::Result<()> {
     let stopping = Arc::new(tokio::sync::Notify::new());
     let told = Arc::clone(&stopping);
+    let closing = app.closing.clone();
     let stop = async move {
         let why = stop.await;
         tracing::info!("{why}: stopping");
         told.notify_one();
+        closing.cancel();
     };
     let server = axum::serve(listener, http::router(app)).with_graceful_shutdown(stop);
     tokio::select! {

@@ -17,6 +17,7 @@ use super::sandbox::{OnTimeout, Origin, Sandbox, SandboxData};
 use super::template::{ReadyTemplate, TemplateState};
 use super::token::AccessToken;
 use crate::failpoint;
+use crate::live::{self, Series};
 use crate::net::policy::Policy;
 
 /// Parked VMs tried before one is restored on the spot.
@@ -98,9 +99,16 @@ impl Engine {
     pub async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<Created, CreateError> {
         let template = self.ready_template(&request.template)?;
         let engine = Arc::clone(self);
+        let name = template.name.clone();
         let work = tokio::spawn(async move { engine.claim(&template, request).await });
         match work.await {
-            Ok(done) => done,
+            Ok(done) => {
+                if done.is_err() {
+                    metrics::counter!("rethaw_sandbox_acquire_failures_total", "template" => name)
+                        .increment(1);
+                }
+                done
+            }
             Err(e) => std::panic::resume_unwind(e.into_panic()),
         }
     }
@@ -164,8 +172,11 @@ impl Engine {
         let token = owner.access_token;
         let created = self.register(vm, origin, template, request, token, started).await?;
         let labels = [("template", template.name.clone()), ("origin", origin.as_str().to_owned())];
+        let elapsed = started.elapsed();
         metrics::histogram!("rethaw_sandbox_acquire_duration_seconds", &labels)
-            .record(started.elapsed().as_secs_f64());
+            .record(elapsed.as_secs_f64());
+        let warm = matches!(origin, Origin::Warm);
+        live::took(if warm { Series::Warm } else { Series::Cold }, elapsed);
         Ok(created)
     }
 
@@ -261,6 +272,7 @@ impl Engine {
         let process = Arc::clone(&vm.machine.vm);
         let sandbox = Arc::new(Sandbox::running(data, vm.identity, vm.machine));
         self.sandboxes.insert(vm.id.clone(), Arc::clone(&sandbox));
+        live::changed();
         self.expiries.set(&vm.id, sandbox.ends_at());
         self.watch_sandbox(&sandbox, process);
         Ok(Created { sandbox, access_token: token.secret })

@@ -36,6 +36,7 @@ use super::ids;
 use super::keyring::Keyring;
 use super::template::ReadyTemplate;
 use crate::failpoint;
+use crate::live::{self, Series};
 use crate::net::policy::Policy;
 use crate::net::{Addresses, Lease, Network, NetworkError, NetworkRules};
 
@@ -472,7 +473,9 @@ impl Spawned {
         if awaited {
             failpoint::reached("restore.identified").await;
         }
-        done.timings.insert("restore".to_owned(), millis(started.elapsed()));
+        let elapsed = started.elapsed();
+        done.timings.insert("restore".to_owned(), millis(elapsed));
+        live::took(Series::Restore, elapsed);
         record_phases(&done.timings);
         metrics::counter!("rethaw_identity_total", "outcome" => "proven").increment(1);
         Ok(done)

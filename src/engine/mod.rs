@@ -57,6 +57,7 @@ use template::Template;
 use token::TokenKey;
 
 use crate::failpoint;
+use crate::live;
 use crate::net::Network;
 use crate::net::policy::Policy;
 pub use workspace::WorkspaceError;
@@ -278,6 +279,11 @@ impl Engine {
         all
     }
 
+    /// Every pool's numbers by its template, without a look at the sandboxes.
+    pub fn pool_numbers(&self) -> Vec<(String, PoolNumbers)> {
+        self.pools.iter().map(|p| (p.key().clone(), p.value().numbers())).collect()
+    }
+
     fn claimed(&self, template: &str) -> u32 {
         let of = |s: &Sandbox| s.data().template == template && s.state() != State::Paused;
         self.sandboxes.iter().filter(|s| of(s.value())).count() as u32
@@ -307,6 +313,7 @@ impl Engine {
         let name = ready.name.clone();
         let pool = Pool::new(ready, self.context.clone(), target, self.claims.subscribe());
         self.pools.insert(name, Arc::clone(&pool));
+        live::changed();
         self.spawn(pool.run());
         Ok(())
     }
@@ -432,6 +439,7 @@ impl Engine {
         failpoint::reached("delete.key_destroyed").await;
         self.expiries.clear(&id);
         self.sandboxes.remove(&id);
+        live::changed();
         self.context.db.vm_gone(&id).await?;
         failpoint::reached("delete.noted").await;
         let data = sandbox.data();

@@ -16,6 +16,7 @@ use super::db::StoredIdentity;
 use super::lifecycle::{Machine, Timings};
 use super::state::Event;
 pub use super::state::State;
+use crate::live;
 use crate::net::Addresses;
 use crate::net::policy::Policy;
 
@@ -202,6 +203,7 @@ impl Sandbox {
     pub fn update(&self, change: impl FnOnce(&mut SandboxData)) -> SandboxData {
         let mut data = self.data.write().unwrap_or_else(std::sync::PoisonError::into_inner);
         change(&mut data);
+        live::changed();
         data.clone()
     }
 
@@ -221,6 +223,8 @@ impl Sandbox {
         match state.after(event) {
             Some(next) => {
                 *state = next;
+                drop(state);
+                live::changed();
                 Ok(next)
             }
             None => {

@@ -1,9 +1,12 @@
 //! The HTTP face: native API under `/v1`, operations at the root.
 //!
 //! ```text
+//! / /dashboard/*                       ../dashboard no key needed
 //! /healthz /readyz /metrics            ops.rs       no key needed
 //! /v1/openapi.json                     openapi.rs   no key needed
 //! /v1/info                             ops.rs
+//! /v1/stats                            stats.rs
+//! /v1/events                           events.rs    server-sent
 //! /v1/sandboxes[/{id}[/timeout]]       sandboxes.rs
 //! /v1/sandboxes/{id}/{pause,resume,fork}  transitions.rs
 //! /v1/sandboxes/{id}/exec              exec.rs
@@ -24,6 +27,7 @@
 
 mod auth;
 pub mod error;
+mod events;
 mod exec;
 pub mod files;
 pub mod host;
@@ -37,6 +41,7 @@ mod ports;
 mod pty;
 mod request_id;
 pub mod sandboxes;
+mod stats;
 mod templates;
 pub mod transitions;
 
@@ -46,15 +51,17 @@ use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{any, get};
 use metrics_exporter_prometheus::PrometheusHandle;
+use tokio_util::sync::CancellationToken;
 use utoipa::OpenApi;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
 
 pub use auth::{ApiKey, KEY_PREFIX};
-use error::ApiError;
+pub use error::ApiError;
 
 use crate::e2b;
 use crate::engine::Engine;
+use crate::live::History;
 
 /// Longest JSON body; files are streamed and not bound by it.
 pub const MAX_JSON_BYTES: usize = 1 << 20;
@@ -70,6 +77,10 @@ pub struct App {
     pub metrics: PrometheusHandle,
     /// Domain of the host names of ports; any where there is none.
     pub domain: Option<Arc<str>>,
+    /// The last minutes.
+    pub history: Arc<History>,
+    /// Cancelled when the service stops: streams without an end of their own end then.
+    pub closing: CancellationToken,
 }
 
 /// All routes, ready to be served.
@@ -81,6 +92,7 @@ pub fn router(app: App) -> Router {
         .merge(e2b::control_routes().layer(once).layer(key))
         .merge(e2b::data_routes())
         .merge(ports())
+        .merge(crate::dashboard::routes())
         .fallback(|| async { ApiError::route_not_found() })
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
         .layer(axum::middleware::from_fn_with_state(app.clone(), ports::by_host))
@@ -111,6 +123,8 @@ fn routes(guard: impl FnOnce(OpenApiRouter<App>) -> OpenApiRouter<App>) -> OpenA
 fn v1() -> OpenApiRouter<App> {
     OpenApiRouter::default()
         .routes(routes!(ops::info))
+        .routes(routes!(stats::get))
+        .routes(routes!(events::stream))
         .routes(routes!(sandboxes::list, sandboxes::create))
         .routes(routes!(sandboxes::get, sandboxes::delete))
         .routes(routes!(sandboxes::set_timeout))

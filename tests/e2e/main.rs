@@ -7,6 +7,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
+mod browser;
 mod client;
 mod home;
 mod process;
@@ -15,10 +16,12 @@ mod world;
 
 mod commands;
 mod crash;
+mod dashboard;
 mod death;
 mod e2b;
 mod encryption;
 mod exec;
+mod feed;
 mod files;
 mod fork;
 mod idempotency;
@@ -28,6 +31,7 @@ mod identity_first;
 mod identity_hooks;
 mod identity_verify;
 mod memory;
+mod metrics;
 mod network;
 mod openapi;
 mod pause;

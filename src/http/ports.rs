@@ -80,7 +80,8 @@ pub async fn by_path(
 /// Takes requests whose host name is that of a port.
 pub async fn by_host(State(app): State<App>, request: Request, next: Next) -> Response {
     let named = request.headers().get(header::HOST).and_then(|h| h.to_str().ok());
-    let named = named.or_else(|| request.uri().authority().map(|a| a.as_str()));
+    let named =
+        named.or_else(|| request.uri().authority().map(hyper::http::uri::Authority::as_str));
     let Some((port, id)) = named.and_then(|host| port_and_id(host, app.domain.as_deref())) else {
         return next.run(request).await;
     };

@@ -233,7 +233,7 @@ impl Network {
             return Err(NetworkError::Slot(io::Error::other(message)));
         }
         lock(&self.free).retain(|number| *number != addresses.slot);
-        let slot = blocking(move || Slot::adopt(pid, addresses, policy)).await;
+        let slot = blocking(move || Slot::adopt(pid, addresses, &policy)).await;
         self.lease(slot.map_err(NetworkError::Slot)?).map_err(NetworkError::Slot)
     }
 

@@ -120,12 +120,12 @@ impl Slot {
     ///
     /// # Errors
     /// The process or its namespace cannot be looked into.
-    pub fn adopt(pid: i32, addresses: Addresses, policy: Policy) -> io::Result<Self> {
+    pub fn adopt(pid: i32, addresses: Addresses, policy: &Policy) -> io::Result<Self> {
         let netns: OwnedFd = File::open(format!("/proc/{pid}/ns/net"))?.into();
         let netlink = tap::inside(&netns, nft::open)?;
         let slot = Self::with(netns, netlink, addresses, policy.clone())?;
         // The service may have been killed between noting a change and making it.
-        slot.set_policy(&policy)?;
+        slot.set_policy(policy)?;
         Ok(slot)
     }
 

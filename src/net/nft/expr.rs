@@ -114,6 +114,10 @@ fn word(number: u32) -> [u8; 4] {
     number.to_be_bytes()
 }
 
+#[allow(
+    clippy::wrong_self_convention,
+    reason = "a builder whose methods read as the rule they make: from_link, to_port"
+)]
 impl Rule {
     /// Holds for every packet.
     pub fn new() -> Self {

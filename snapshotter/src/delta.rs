@@ -148,9 +148,10 @@ pub fn write_mapped(
     let pages = mapped::PrivatePages::of(pid, memory).map_err(DeltaError::Guest)?;
     let mut failed = None;
     let walked = pages.for_each(|number, page| {
-        let added = below.read_pages(number, &mut was).map_err(DeltaError::from).and_then(|()| {
-            if *page == was { Ok(()) } else { Ok(writer.page(number, page)?) }
-        });
+        let added = below
+            .read_pages(number, &mut was)
+            .map_err(DeltaError::from)
+            .and_then(|()| if *page == was { Ok(()) } else { Ok(writer.page(number, page)?) });
         added.map_err(|e| {
             failed = Some(e);
             std::io::ErrorKind::Other.into()

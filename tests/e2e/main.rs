@@ -33,5 +33,5 @@ mod refusals;
 mod restart;
 mod sandboxes;
 mod soak;
-mod with_firecracker;
 mod terminal;
+mod with_firecracker;

@@ -14,7 +14,7 @@ mod watch;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request, State};
-use axum::http::header;
+use axum::http::{HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -73,6 +73,8 @@ pub async fn by_host(State(_): State<App>, mut request: Request, next: Next) -> 
         }
         let id = HostSandbox(id.to_owned());
         request.extensions_mut().insert(id);
+        // Nobody further in is to take the name for that of a port of the guest's own.
+        request.headers_mut().insert(header::HOST, HeaderValue::from_static("localhost"));
     }
     next.run(request).await
 }

@@ -24,7 +24,8 @@ pub fn run(json: bool) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let kvm = runtime.block_on(kvm());
     let firecracker = runtime.block_on(firecracker(&home));
-    let checks = [userfaultfd(), binaries(), qemu(), kvm, firecracker, tun()];
+    let network = runtime.block_on(network());
+    let checks = [userfaultfd(), binaries(), qemu(), kvm, firecracker, network];
     let broken = checks.iter().any(|c| c.required && !c.ok);
     if json {
         println!("{}", serde_json::to_string_pretty(&serde_json::json!({"checks": checks}))?);
@@ -95,8 +96,12 @@ async fn firecracker(home: &Path) -> Check {
     Check { name: "firecracker", ok, required: false, detail }
 }
 
-fn tun() -> Check {
-    let ok = std::fs::metadata("/dev/net/tun").is_ok();
-    let detail = if ok { "/dev/net/tun is there" } else { "no /dev/net/tun: modprobe tun" };
-    Check { name: "tun", ok, required: false, detail: detail.to_owned() }
+async fn network() -> Check {
+    let (ok, detail) = match crate::net::probe().await {
+        Ok(()) => {
+            (true, "a slot with tap, addresses and rules was made and thrown away".to_owned())
+        }
+        Err(e) => (false, format!("sandboxes get no network: {e}")),
+    };
+    Check { name: "network", ok, required: false, detail }
 }

@@ -6,12 +6,15 @@
 
 mod choose;
 mod cli;
+mod dashboard;
 mod doctor;
 mod e2b;
 mod engine;
 mod failpoint;
 mod http;
+mod live;
 mod metrics;
+mod net;
 mod paths;
 mod serve;
 

@@ -1,4 +1,10 @@
-//! Metrics: what is counted where it happens, and what is sampled when somebody asks.
+//! Metrics: what is counted where it happens, and what is sampled when somebody asks. The list of
+//! all is in [`catalogue`].
+
+mod catalogue;
+mod process;
+
+pub use process::text as process_text;
 
 use std::collections::HashMap;
 use std::fmt::Write;
@@ -8,6 +14,8 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use uffd_handler::stats::Stats;
 
 use crate::engine::Engine;
+use crate::engine::template::TemplateState;
+use crate::net::Network;
 
 /// Upper bounds of the latency histograms, in seconds.
 const BUCKETS: &[f64] =
@@ -18,13 +26,15 @@ pub fn install() -> anyhow::Result<PrometheusHandle> {
     let handle = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_duration_seconds".to_owned()), BUCKETS)?
         .install_recorder()?;
+    catalogue::describe();
     let build = metrics::gauge!("rethaw_build_info", "version" => env!("CARGO_PKG_VERSION"));
     build.set(1.0);
     Ok(handle)
 }
 
 /// Brings the gauges up to date.
-pub fn sample(engine: &Engine) {
+pub fn sample(engine: &Engine, viewers: usize) {
+    metrics::gauge!("rethaw_viewers").set(viewers as f64);
     for (template, numbers, _) in engine.pools() {
         let gauge = |name: &'static str, value: u32| {
             metrics::gauge!(name, "template" => template.clone()).set(f64::from(value));
@@ -32,7 +42,9 @@ pub fn sample(engine: &Engine) {
         gauge("rethaw_pool_ready", numbers.ready);
         gauge("rethaw_pool_target", numbers.target);
         gauge("rethaw_pool_restoring", numbers.restoring);
+        start_at_zero(&template);
     }
+    templates(engine);
     let mut states: HashMap<(String, &'static str), u32> = HashMap::new();
     for template in engine.templates() {
         // A state that nobody is in any more must read 0, not its last value.
@@ -48,7 +60,53 @@ pub fn sample(engine: &Engine) {
             .set(f64::from(count));
     }
     metrics::gauge!("rethaw_uptime_seconds").set(engine.uptime().as_secs_f64());
+    if let Some(net) = engine.network() {
+        network(net);
+    }
     page_server(&engine.pager().stats());
+}
+
+/// Slots, and packets by what became of them.
+fn network(network: &Network) {
+    let (ready, used) = network.slots();
+    for (state, count) in [("ready", ready), ("used", used)] {
+        metrics::gauge!("rethaw_net_slots", "state" => state).set(count as f64);
+    }
+    for (outcome, packets) in network.counted() {
+        metrics::counter!("rethaw_net_packets_total", "outcome" => outcome).absolute(packets);
+    }
+}
+
+/// What a pool has not done yet is 0, not unknown.
+fn start_at_zero(template: &str) {
+    let template = template.to_owned();
+    drop(metrics::counter!("rethaw_pool_misses_total", "template" => template.clone()));
+    drop(metrics::counter!("rethaw_pool_deaths_total", "template" => template.clone()));
+    drop(
+        metrics::histogram!("rethaw_pool_refill_duration_seconds", "template" => template.clone()),
+    );
+    for origin in ["warm", "restored"] {
+        let labels = [("template", template.clone()), ("origin", origin.to_owned())];
+        drop(metrics::histogram!("rethaw_sandbox_acquire_duration_seconds", &labels));
+    }
+    drop(metrics::counter!("rethaw_sandbox_acquire_failures_total", "template" => template));
+}
+
+fn templates(engine: &Engine) {
+    let mut states = HashMap::new();
+    for template in engine.templates() {
+        let status = template.status();
+        *states.entry(status.state.as_str()).or_insert(0_u32) += 1;
+        if let Some(ready) = status.ready {
+            let bytes: u64 = ready.manifest.files.values().map(|f| f.allocated_bytes).sum();
+            metrics::gauge!("rethaw_template_disk_bytes", "template" => template.name.clone())
+                .set(bytes as f64);
+        }
+    }
+    for state in TemplateState::ALL.map(TemplateState::as_str) {
+        let count = states.get(state).copied().unwrap_or(0);
+        metrics::gauge!("rethaw_templates", "state" => state).set(f64::from(count));
+    }
 }
 
 /// The page server's counts, kept by its supervisor over takeovers.
@@ -87,8 +145,9 @@ fn page_server(stats: &Stats) {
 /// own power-of-two buckets, which the recorder of this process cannot take over.
 pub fn fault_histogram(engine: &Engine) -> String {
     let stats = engine.pager().stats();
-    let name = "rethaw_uffd_fault_duration_seconds";
-    let mut text = format!("# TYPE {name} histogram\n");
+    let name = catalogue::FAULT_DURATION;
+    let meaning = catalogue::meaning(name);
+    let mut text = format!("# HELP {name} {meaning}\n# TYPE {name} histogram\n");
     let mut total = 0;
     for (i, count) in stats.latency_buckets.iter().enumerate() {
         total += count;

@@ -13,14 +13,18 @@ use sha2::{Digest, Sha256};
 use snapshotter::vmm::MachineSize;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 use uffd_handler::supervisor::{Supervisor, SupervisorConfig};
 
 use crate::choose;
+use crate::cli::network::{NetworkArgs, NetworkChoice};
 use crate::cli::serve::ServeOptions;
 use crate::engine::keyring::{Keyring, MasterKey};
 use crate::engine::{Engine, EngineConfig};
 use crate::failpoint;
 use crate::http::{self, ApiKey, App};
+use crate::live::History;
+use crate::net::{NOTE, Network, NetworkConfig};
 use crate::paths::Paths;
 
 /// Pool size of a template for which no operator has set one.
@@ -96,10 +100,18 @@ async fn serve(
         working_sets: options.working_sets,
         graduate_after: options.graduate_after_seconds.map(Duration::from_secs),
     };
-    let engine = Engine::start(config, driver, pager, keys).await?;
+    let domain = options.network.domain.clone();
+    let network = start_network(home, options.network.clone()).await?;
+    let engine = Engine::start(config, driver, pager, keys, network).await?;
     tracing::info!("listening on http://{}", listener.local_addr()?);
-    let app = App { engine: Arc::clone(&engine), key, metrics };
-    run_http(listener, app, stop).await?;
+    let history = Arc::new(History::default());
+    let recording = tokio::spawn(Arc::clone(&history).record(Arc::clone(&engine)));
+    let closing = CancellationToken::new();
+    let domain = domain.map(Arc::from);
+    let app = App { engine: Arc::clone(&engine), key, metrics, domain, history, closing };
+    let served = run_http(listener, app, stop).await;
+    recording.abort();
+    served?;
     if options.keep_vms {
         engine.leave().await;
         tracing::info!("stopped; sandboxes run on and are taken back by the next service");
@@ -110,6 +122,35 @@ async fn serve(
     Ok(())
 }
 
+/// Networks for sandboxes, where they can be made or have to be.
+async fn start_network(home: &Path, args: NetworkArgs) -> anyhow::Result<Option<Arc<Network>>> {
+    let mode = args.mode.unwrap_or_default();
+    if mode == NetworkChoice::Off {
+        tracing::info!("sandboxes have no network: it is switched off");
+        return Ok(None);
+    }
+    let config = NetworkConfig {
+        home: home.to_owned(),
+        // Beside the page server's directory, which is its own.
+        note: state_dir(home).with_extension(NOTE.trim_start_matches('.')),
+        network: args.range,
+        dns: args.dns,
+        denied: args.deny_egress,
+    };
+    match Network::start(config).await {
+        Ok(network) => {
+            let (range, v6) = network.describe();
+            tracing::info!(%range, ipv6 = v6, "sandboxes have networks of their own");
+            Ok(Some(network))
+        }
+        Err(e) if mode == NetworkChoice::On => Err(e).context("--network on"),
+        Err(e) => {
+            tracing::warn!("sandboxes have no network: {e}");
+            Ok(None)
+        }
+    }
+}
+
 /// Serves until told to stop; then finishes open requests, but not for ever.
 async fn run_http(
     listener: TcpListener,
@@ -118,10 +159,12 @@ async fn run_http(
 ) -> anyhow::Result<()> {
     let stopping = Arc::new(tokio::sync::Notify::new());
     let told = Arc::clone(&stopping);
+    let closing = app.closing.clone();
     let stop = async move {
         let why = stop.await;
         tracing::info!("{why}: stopping");
         told.notify_one();
+        closing.cancel();
     };
     let server = axum::serve(listener, http::router(app)).with_graceful_shutdown(stop);
     tokio::select! {

@@ -5,7 +5,7 @@ use crate::agent::Agent;
 use crate::clock::{HostTime, Instant};
 use crate::server::ApiError;
 use crate::wire::{AgentState, ClaimReport, ClaimRequest, ClockRequest, ResumeRequest, codes};
-use crate::{entropy, token};
+use crate::{entropy, identity, token};
 use std::collections::BTreeMap;
 
 /// `POST /claim`.
@@ -32,7 +32,7 @@ pub fn set_clock(agent: &Agent, request: &ClockRequest) -> Result<ClaimReport, A
 ///
 /// # Errors
 /// 409 unless it was frozen (or runs), 400 on too little entropy, and when a step fails.
-pub fn resume(agent: &Agent, request: ResumeRequest) -> Result<ClaimReport, ApiError> {
+pub async fn resume(agent: &Agent, request: ResumeRequest) -> Result<ClaimReport, ApiError> {
     let received = Instant::now()?;
     if !matches!(agent.state(), AgentState::Frozen | AgentState::Live) {
         let text = format!("a machine that is {:?} cannot be resumed", agent.state());
@@ -42,6 +42,10 @@ pub fn resume(agent: &Agent, request: ResumeRequest) -> Result<ClaimReport, ApiE
         .map_err(|e| ApiError::new(400, codes::INVALID_REQUEST, e.to_string()))?;
     entropy::reseed(&request.entropy.0)?;
     let report = set(agent, request.wall_clock_unix_nanos, received)?;
+    if let Some(network) = request.network {
+        let host = HostTime::new(request.wall_clock_unix_nanos, received)?;
+        identity::attach(agent, network, host).await?;
+    }
     let mut env = agent.env.borrow().clone();
     env.extend(request.env);
     take(agent, request.access_token.as_deref(), env)?;

@@ -27,7 +27,7 @@ pub use ready::{Ready, prepare as prepare_copy};
 use crate::agent::Agent;
 use crate::clock::{HostTime, Instant};
 use crate::server::ApiError;
-use crate::wire::{AgentState, IdentityReport, IdentityRequest, codes};
+use crate::wire::{AgentState, IdentityReport, IdentityRequest, NetworkSettings, codes};
 use proof::{Context, Run};
 
 /// Names the item that is to fail here, for testing what happens then; in no ordinary template.
@@ -81,6 +81,29 @@ pub async fn apply(
         agent.set_state(AgentState::Live)?;
     }
     Ok(IdentityReport { generation: request.generation, items, total_micros: received.micros() })
+}
+
+/// Attaches a machine that keeps its identity to another network: addresses are set, and connections
+/// that were open over the old one closed. The workload is still frozen.
+///
+/// # Errors
+/// 400 for settings that cannot be, 500 for what could not be set.
+pub async fn attach(
+    agent: &Agent,
+    settings: NetworkSettings,
+    host: HostTime,
+) -> Result<(), ApiError> {
+    let request = IdentityRequest::default().on(settings);
+    let wanted = network::Wanted::parse(&request).map_err(invalid)?;
+    let context = Context { agent, request: &request, host, fault: "" };
+    let mut run = Run::default();
+    run.item(network::Network::new(agent, wanted), &context).await;
+    run.item(sockets::Sockets::new(agent), &context).await;
+    let (items, failed) = run.finish();
+    match items.into_iter().find_map(|item| item.error.map(|error| (item.item, error))) {
+        Some((item, error)) if failed => Err(ApiError::internal(format!("{item}: {error}"))),
+        _ => Ok(()),
+    }
 }
 
 /// Does at the making of a template what would be slow in each of its clones: files move to memory,

@@ -3,6 +3,7 @@
 //! `client`) the client the host uses.
 
 pub mod agent;
+pub mod netlink;
 pub mod server;
 pub mod session;
 pub mod transport;
@@ -17,7 +18,6 @@ mod exec;
 mod files;
 mod identity;
 mod lint;
-mod netlink;
 mod notify;
 mod query;
 mod random;

@@ -1,5 +1,6 @@
 //! Netlink without a library: requests are built and answers are taken apart by hand, because a
-//! restore has room for a dozen messages and for nothing else.
+//! restore has room for a dozen messages and for nothing else. The host's side of a sandbox's
+//! network (links and nftables) speaks through the same few lines.
 
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto,
@@ -12,6 +13,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 const HEADER: usize = 16;
 const ATTRIBUTE: usize = 4;
 const ERROR: u16 = libc::NLMSG_ERROR as u16;
+/// Marks an attribute that holds others.
+const NESTED: u16 = libc::NLA_F_NESTED as u16;
 const DONE: u16 = libc::NLMSG_DONE as u16;
 /// The kernel answers at once; this is for a kernel that does not.
 const TIMEOUT_SECONDS: i64 = 2;
@@ -45,15 +48,60 @@ impl Request {
 
     /// Appends an attribute.
     pub fn attribute(mut self, kind: u16, value: &[u8]) -> Self {
-        self.bytes.extend(((ATTRIBUTE + value.len()) as u16).to_ne_bytes());
-        self.bytes.extend(kind.to_ne_bytes());
-        self.bytes.extend(value);
-        self.align();
+        append(&mut self.bytes, kind, value);
         self
+    }
+
+    /// Appends an attribute that holds others.
+    pub fn nested(self, kind: u16, inner: &Attributes) -> Self {
+        self.attribute(kind | NESTED, &inner.bytes)
+    }
+
+    fn demand_answer(&mut self) {
+        let flags = u16_at(&self.bytes, 6).unwrap_or(0) | libc::NLM_F_ACK as u16;
+        self.bytes[6..8].copy_from_slice(&flags.to_ne_bytes());
     }
 
     fn align(&mut self) {
         self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+    }
+}
+
+fn append(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    bytes.extend(((ATTRIBUTE + value.len()) as u16).to_ne_bytes());
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend(value);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+}
+
+/// What is inside an attribute that holds others.
+#[derive(Debug, Clone, Default)]
+pub struct Attributes {
+    bytes: Vec<u8>,
+}
+
+impl Attributes {
+    /// None yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Appends the fixed part that some kinds have before their attributes.
+    pub fn fixed(mut self, payload: &[u8]) -> Self {
+        self.bytes.extend(payload);
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+        self
+    }
+
+    /// Appends an attribute.
+    pub fn put(mut self, kind: u16, value: &[u8]) -> Self {
+        append(&mut self.bytes, kind, value);
+        self
+    }
+
+    /// Appends an attribute that holds others.
+    pub fn nest(self, kind: u16, inner: &Self) -> Self {
+        self.put(kind | NESTED, &inner.bytes)
     }
 }
 
@@ -69,15 +117,20 @@ pub struct Message {
 impl Message {
     /// The attributes that follow a fixed part of this size.
     pub fn attributes(&self, fixed: usize) -> impl Iterator<Item = (u16, &[u8])> {
-        let mut rest = self.body.get(fixed.next_multiple_of(4)..).unwrap_or_default();
-        std::iter::from_fn(move || {
-            let length = usize::from(u16_at(rest, 0)?);
-            let kind = u16_at(rest, 2)?;
-            let value = rest.get(ATTRIBUTE..length)?;
-            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-            Some((kind, value))
-        })
+        attributes(self.body.get(fixed.next_multiple_of(4)..).unwrap_or_default())
     }
+}
+
+/// The attributes in `bytes`; kinds come without the mark of those that hold others.
+pub fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    let mut rest = bytes;
+    std::iter::from_fn(move || {
+        let length = usize::from(u16_at(rest, 0)?);
+        let kind = u16_at(rest, 2)? & !NESTED;
+        let value = rest.get(ATTRIBUTE..length)?;
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, value))
+    })
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
@@ -113,8 +166,7 @@ impl Netlink {
     /// # Errors
     /// What the kernel says.
     pub fn change(&mut self, mut request: Request) -> io::Result<()> {
-        let flags = u16_at(&request.bytes, 6).unwrap_or(0) | libc::NLM_F_ACK as u16;
-        request.bytes[6..8].copy_from_slice(&flags.to_ne_bytes());
+        request.demand_answer();
         self.send(request)?;
         self.receive(|_| {})
     }
@@ -127,8 +179,7 @@ impl Netlink {
         let flags = u16_at(&request.bytes, 6).unwrap_or(0);
         // A dump ends by itself; a single answer is followed by an acknowledgement.
         if i32::from(flags) & libc::NLM_F_DUMP == 0 {
-            let flags = flags | libc::NLM_F_ACK as u16;
-            request.bytes[6..8].copy_from_slice(&flags.to_ne_bytes());
+            request.demand_answer();
         }
         self.send(request)?;
         let mut messages = Vec::new();
@@ -136,42 +187,119 @@ impl Netlink {
         Ok(messages)
     }
 
-    fn send(&mut self, mut request: Request) -> io::Result<()> {
+    /// Sends requests that take effect together or not at all, `first` and `last` around them, as
+    /// nftables wants it. The error names the request (counted from 0) that was refused, where it
+    /// was one of them.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn batch(
+        &mut self,
+        first: Request,
+        requests: Vec<Request>,
+        last: Request,
+    ) -> Result<(), (Option<usize>, io::Error)> {
+        let (begin, count) = (self.sequence + 1, requests.len());
+        let mut bytes = Vec::new();
+        for (place, mut request) in
+            std::iter::once(first).chain(requests).chain(std::iter::once(last)).enumerate()
+        {
+            if (1..=count).contains(&place) {
+                request.demand_answer();
+            }
+            bytes.extend(self.numbered(request));
+        }
+        let kernel = NetlinkAddr::new(0, 0);
+        sendto(self.socket.as_raw_fd(), &bytes, &kernel, MsgFlags::empty())
+            .map_err(|e| (None, e.into()))?;
+        let mut refused = None;
+        let mut answered = 0;
+        while answered < count {
+            let done = self.datagram(|sequence, kind, body| {
+                if kind != ERROR || sequence < begin {
+                    return Ok(());
+                }
+                let error = acknowledgement(body);
+                let place = (sequence - begin) as usize;
+                if (1..=count).contains(&place) {
+                    answered += 1;
+                    if let (Err(error), None) = (error, &refused) {
+                        refused = Some((Some(place - 1), error));
+                    }
+                    return Ok(());
+                }
+                // Of the whole: nothing follows.
+                error
+            });
+            done.map_err(|e| refused.take().unwrap_or((None, e)))?;
+        }
+        refused.map_or(Ok(()), Err)
+    }
+
+    fn numbered(&mut self, mut request: Request) -> Vec<u8> {
         self.sequence += 1;
         let length = request.bytes.len() as u32;
         request.bytes[0..4].copy_from_slice(&length.to_ne_bytes());
         request.bytes[8..12].copy_from_slice(&self.sequence.to_ne_bytes());
+        request.bytes
+    }
+
+    fn send(&mut self, request: Request) -> io::Result<()> {
+        let bytes = self.numbered(request);
         let kernel = NetlinkAddr::new(0, 0);
-        sendto(self.socket.as_raw_fd(), &request.bytes, &kernel, MsgFlags::empty())?;
+        sendto(self.socket.as_raw_fd(), &bytes, &kernel, MsgFlags::empty())?;
         Ok(())
     }
 
     fn receive(&mut self, mut take: impl FnMut(Message)) -> io::Result<()> {
-        let mut buffer = vec![0; BUFFER];
-        loop {
-            let n = recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
-            let mut rest = &buffer[..n];
-            while rest.len() >= HEADER {
-                let malformed = || io::Error::new(io::ErrorKind::InvalidData, "netlink message");
-                let length = u32_at(rest, 0).ok_or_else(malformed)? as usize;
-                let body = rest.get(HEADER..length).ok_or_else(malformed)?;
-                let kind = u16_at(rest, 4).ok_or_else(malformed)?;
-                let ours = u32_at(rest, 8) == Some(self.sequence);
-                rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        let wanted = self.sequence;
+        let mut done = false;
+        while !done {
+            self.datagram(|sequence, kind, body| {
                 match kind {
                     // Left over from a request that was given up.
-                    _ if !ours => {}
-                    DONE => return Ok(()),
+                    _ if sequence != wanted => {}
+                    DONE => done = true,
                     ERROR => {
-                        let code = u32_at(body, 0).ok_or_else(malformed)? as i32;
-                        return match code {
-                            0 => Ok(()),
-                            code => Err(io::Error::from_raw_os_error(-code)),
-                        };
+                        done = true;
+                        acknowledgement(body)?;
                     }
                     kind => take(Message { kind, body: body.to_vec() }),
                 }
-            }
+                Ok(())
+            })?;
         }
+        Ok(())
+    }
+
+    /// Receives once, and gives every message's sequence number, kind and body.
+    fn datagram(
+        &mut self,
+        mut take: impl FnMut(u32, u16, &[u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut buffer = vec![0; BUFFER];
+        let n = recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+        let mut rest = &buffer[..n];
+        while rest.len() >= HEADER {
+            let length = u32_at(rest, 0).ok_or_else(malformed)? as usize;
+            let body = rest.get(HEADER..length).ok_or_else(malformed)?;
+            let kind = u16_at(rest, 4).ok_or_else(malformed)?;
+            let sequence = u32_at(rest, 8).ok_or_else(malformed)?;
+            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+            take(sequence, kind, body)?;
+        }
+        Ok(())
+    }
+}
+
+fn malformed() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "netlink message")
+}
+
+/// What a message of kind `ERROR` says.
+fn acknowledgement(body: &[u8]) -> io::Result<()> {
+    match u32_at(body, 0).ok_or_else(malformed)? as i32 {
+        0 => Ok(()),
+        code => Err(io::Error::from_raw_os_error(-code)),
     }
 }

@@ -21,7 +21,7 @@ pub use files::{
 };
 pub use identity::{
     IdentityFailure, IdentityItem, IdentityReport, IdentityRequest, Ipv4Config, Ipv6Config,
-    ProvenIdentity, REQUIRED_ITEMS,
+    NetworkSettings, ProvenIdentity, REQUIRED_ITEMS,
 };
 pub use lint::{LintFinding, LintReport};
 pub use payload::{Base64, Chunk, Encoding};
@@ -184,4 +184,7 @@ pub struct ResumeRequest {
     /// Environment added to the default one.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
+    /// The network it is attached to now, when that is another one: its connections are closed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkSettings>,
 }

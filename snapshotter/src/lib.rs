@@ -13,4 +13,5 @@ pub mod priority;
 pub mod process;
 pub mod qemu;
 pub mod store;
+pub mod tap;
 pub mod vmm;

@@ -14,6 +14,7 @@ pub mod home;
 mod human;
 mod ls;
 mod many;
+pub mod network;
 mod output;
 mod pool;
 mod remote;
@@ -26,6 +27,7 @@ mod shell;
 mod stdin;
 mod table;
 mod template;
+mod top;
 mod transition;
 mod verify_identity;
 mod version;
@@ -120,6 +122,8 @@ Exit code 1 when the service could not run here.")]
     Template(template::TemplateArgs),
     /// Show and size the pools of warm VMs
     Pool(pool::PoolArgs),
+    /// Watch sandboxes, pools and latencies
+    Top(top::TopArgs),
     /// Show that no two clones of a template are the same machine
     VerifyIdentity(verify_identity::VerifyIdentityArgs),
     /// Print a completion script for a shell
@@ -196,6 +200,7 @@ async fn talk(global: &Global, command: Command) -> anyhow::Result<ExitCode> {
         Command::Rm(args) => rm::run(&cx, args).await,
         Command::Template(args) => template::run(&cx, args).await,
         Command::Pool(args) => pool::run(&cx, args).await,
+        Command::Top(args) => top::run(&cx, args).await,
         Command::VerifyIdentity(args) => verify_identity::run(&cx, args).await,
         Command::Serve(_) | Command::Doctor | Command::Completions(_) | Command::Version => {
             unreachable!("handled without a client")

@@ -22,6 +22,8 @@ use super::{Context, env, human, output, remote};
   rethaw run --template py312 -e TOKEN --timeout 10m -- ./job.sh
   echo 'print(1)' | rethaw run python3 -
   id=$(rethaw run --detach --name web)
+  rethaw run --internet off -- ./untrusted.sh
+  rethaw run --allow pypi.org --allow '*.pythonhosted.org' -- pip install requests
 
 Exit code: as of `rethaw exec`. Related: exec, ls, rm, shell.")]
 pub struct RunArgs {
@@ -44,6 +46,18 @@ pub struct RunArgs {
     /// Label to keep with it
     #[arg(long = "label", value_name = "NAME=VALUE", value_parser = env::parse_pair)]
     pub labels: Vec<(String, String)>,
+
+    /// What it may reach: everything but the host, or nothing [default: on]
+    #[arg(long, value_enum, value_name = "ON|OFF", conflicts_with = "allow")]
+    pub internet: Option<InternetChoice>,
+
+    /// Let it reach only this address, network, host name or *.name; may be given several times
+    #[arg(long, value_name = "DEST")]
+    pub allow: Vec<String>,
+
+    /// Let anybody reach this port of it through the service; may be given several times
+    #[arg(long = "public-port", value_name = "PORT")]
+    pub public_ports: Vec<u16>,
 
     /// Remove it when the command has ended (the default)
     #[arg(long, conflicts_with_all = ["keep", "detach"])]
@@ -85,6 +99,15 @@ pub enum OnTimeout {
     Pause,
 }
 
+/// Whether a sandbox reaches anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum InternetChoice {
+    /// Everything but what no sandbox may
+    On,
+    /// Nothing
+    Off,
+}
+
 #[derive(Debug, Serialize)]
 struct CreateBody {
     template: String,
@@ -93,6 +116,10 @@ struct CreateBody {
     metadata: BTreeMap<String, String>,
     env: BTreeMap<String, String>,
     on_timeout: OnTimeout,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    internet: Option<Value>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    public_ports: Vec<u16>,
 }
 
 /// Makes the sandbox, runs the command, removes the sandbox.
@@ -167,6 +194,13 @@ fn create_body(args: &RunArgs) -> anyhow::Result<CreateBody> {
         metadata,
         env: env::collect(&args.options.env)?,
         on_timeout: args.on_timeout,
+        internet: match args.internet {
+            _ if !args.allow.is_empty() => Some(json!({ "allow": args.allow })),
+            Some(InternetChoice::On) => Some(json!("on")),
+            Some(InternetChoice::Off) => Some(json!("off")),
+            None => None,
+        },
+        public_ports: args.public_ports.clone(),
     })
 }
 

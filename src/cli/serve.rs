@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use snapshotter::image::Flavor;
 
 use super::home;
+use super::network::NetworkArgs;
 use super::serve_file::ServeFile;
 
 /// Where the service listens when nothing else is said.
@@ -48,6 +49,8 @@ pub struct ServeOptions {
     pub working_sets: bool,
     /// Age at which all memory of a sandbox is put in place.
     pub graduate_after_seconds: Option<u64>,
+    /// Networks of sandboxes.
+    pub network: NetworkArgs,
 }
 
 /// Which VMM the service uses.
@@ -163,6 +166,9 @@ pub struct ServeArgs {
         conflicts_with = "master_key_file"
     )]
     pub key_command: Option<String>,
+
+    #[command(flatten)]
+    pub network: NetworkArgs,
 }
 
 /// Guests smaller than this do not boot, larger ones are surely a slip of the unit.
@@ -215,6 +221,7 @@ impl ServeArgs {
             file_backed: self.file_backed.or(file.file_backed).into_iter().flatten().collect(),
             working_sets: !self.no_working_sets,
             graduate_after_seconds: self.graduate_after_seconds.or(file.graduate_after_seconds),
+            network: self.network.or(file.network),
         })
     }
 }

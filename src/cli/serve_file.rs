@@ -11,6 +11,13 @@
 //! # or: key_command = "/usr/local/bin/kms-wrap --key rethaw"
 //! file_backed = ["base"]  # templates whose clones map the memory file
 //! graduate_after_seconds = 3600
+//!
+//! [network]
+//! mode = "auto"           # auto, on, off
+//! range = "10.231.0.0/16"
+//! dns = ["192.0.2.53"]
+//! deny_egress = ["192.168.0.0/16"]
+//! domain = "box.example.com"
 //! ```
 
 use std::net::SocketAddr;
@@ -18,6 +25,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::network::NetworkArgs;
 use super::serve::{FlavorChoice, MEMORY_MIB, VmmChoice};
 
 /// What the file may say; everything is optional, and a name it does not know is an error.
@@ -44,6 +52,9 @@ pub struct ServeFile {
     pub file_backed: Option<Vec<String>>,
     /// Age at which all memory of a sandbox is put in place.
     pub graduate_after_seconds: Option<u64>,
+    /// Networks of sandboxes.
+    #[serde(default)]
+    pub network: NetworkArgs,
 }
 
 /// Why a file cannot be used.
@@ -96,7 +107,8 @@ mod tests {
     #[test]
     fn all_settings_are_read() {
         let text = "listen = \"0.0.0.0:80\"\nhome = \"/srv\"\npool_target = 8\n\
-                    vmm = \"qemu\"\nmemory_mib = 256\nflavor = \"min\"\nfile_backed = [\"base\"]\n";
+                    vmm = \"qemu\"\nmemory_mib = 256\nflavor = \"min\"\nfile_backed = [\"base\"]\n\
+                    [network]\nmode = \"off\"\nrange = \"10.9.0.0/16\"\n";
         let file = ServeFile::parse(text).unwrap();
         assert_eq!(file.listen, Some("0.0.0.0:80".parse().unwrap()));
         assert_eq!(file.home, Some("/srv".into()));
@@ -105,6 +117,7 @@ mod tests {
         assert_eq!(file.memory_mib, Some(256));
         assert_eq!(file.flavor, Some(FlavorChoice::Min));
         assert_eq!(file.file_backed, Some(vec!["base".to_owned()]));
+        assert_eq!(file.network.range, Some([10, 9, 0, 0].into()));
     }
 
     #[test]

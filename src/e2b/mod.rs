@@ -20,7 +20,7 @@ pub use data::{by_host, routes as data_routes};
 /// Version of E2B's own guest daemon whose calls are all there; it tells the SDKs what they may ask.
 const ENVD_VERSION: &str = "0.6.4";
 /// Port of E2B's own guest daemon: its traffic is the data plane, every other port is the guest's.
-const ENVD_PORT: u16 = 49983;
+pub const ENVD_PORT: u16 = 49983;
 /// User that commands run as and files belong to when the client names none.
 const DEFAULT_USER: &str = "user";
 

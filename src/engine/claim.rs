@@ -18,6 +18,8 @@ use super::template::{ReadyTemplate, TemplateState};
 use super::token::AccessToken;
 use super::workspace::WorkspaceError;
 use crate::failpoint;
+use crate::live::{self, Series};
+use crate::net::policy::Policy;
 
 /// Parked VMs tried before one is restored on the spot.
 const PARKED_TRIES: u32 = 3;
@@ -39,6 +41,8 @@ pub struct CreateRequest {
     pub idle_timeout: Option<Duration>,
     /// Name of the request that asked for it, when that one can be sent again.
     pub made_by: Option<String>,
+    /// What it may reach.
+    pub network: Policy,
 }
 
 /// What is given.
@@ -98,6 +102,7 @@ impl Engine {
     /// finished or undone also if the caller goes away.
     pub async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<Created, CreateError> {
         let engine = Arc::clone(self);
+        let name = request.template.clone();
         let snapshot = match self.template(&request.template) {
             Some(_) => None,
             None => self.snapshot(&request.template),
@@ -112,7 +117,13 @@ impl Engine {
             }
         };
         match work.await {
-            Ok(done) => done,
+            Ok(done) => {
+                if done.is_err() {
+                    metrics::counter!("rethaw_sandbox_acquire_failures_total", "template" => name)
+                        .increment(1);
+                }
+                done
+            }
             Err(e) => std::panic::resume_unwind(e.into_panic()),
         }
     }
@@ -136,7 +147,11 @@ impl Engine {
     ) -> Result<Created, CreateError> {
         let under_way = UnderWay::new(&self.claims);
         let started = Instant::now();
-        let owner = Owner { access_token: self.tokens.issue(), env: request.env.clone() };
+        let owner = Owner {
+            access_token: self.tokens.issue(),
+            env: request.env.clone(),
+            network: request.network.clone(),
+        };
         let mut tries = 0;
         let (vm, origin) = loop {
             let parked = if tries < PARKED_TRIES { self.take_parked(&template.name) } else { None };
@@ -144,6 +159,12 @@ impl Engine {
                 break (self.restore_now(template, &owner, started).await?, Origin::Restored);
             };
             tries += 1;
+            // Before the guest runs.
+            if let Err(e) = parked.inner.set_policy(&owner.network).await {
+                self.discard(parked.inner, &e).await;
+                continue;
+            }
+            let network = started.elapsed();
             let mut vm = match parked.unpark().await {
                 Ok(vm) => vm,
                 Err((vm, e)) => {
@@ -154,7 +175,8 @@ impl Engine {
             failpoint::reached("claim.unparked").await;
             // A pooled VM's restore is nobody's wait.
             vm.timings.clear();
-            vm.timings.insert("resume".to_owned(), millis(started.elapsed()));
+            vm.timings.insert("network".to_owned(), millis(network));
+            vm.timings.insert("resume".to_owned(), millis(started.elapsed() - network));
             match self.hand_over(vm, &owner).await {
                 Ok(vm) => break (vm, Origin::Warm),
                 Err(e) => tracing::warn!("claim: {e}; taking another VM"),
@@ -165,8 +187,11 @@ impl Engine {
         let token = owner.access_token;
         let created = self.register(vm, origin, template, request, token, started).await?;
         let labels = [("template", template.name.clone()), ("origin", origin.as_str().to_owned())];
+        let elapsed = started.elapsed();
         metrics::histogram!("rethaw_sandbox_acquire_duration_seconds", &labels)
-            .record(started.elapsed().as_secs_f64());
+            .record(elapsed.as_secs_f64());
+        let warm = matches!(origin, Origin::Warm);
+        live::took(if warm { Series::Warm } else { Series::Cold }, elapsed);
         Ok(created)
     }
 
@@ -250,6 +275,8 @@ impl Engine {
             key: None,
             idle_timeout_seconds: request.idle_timeout.map(|t| t.as_secs()),
             made_by: request.made_by,
+            network: request.network,
+            addresses: vm.machine.addresses().cloned(),
         };
         // Before the caller hears of it: a service killed from here on knows whose VM this is.
         if let Err(e) = self.context.db.vm_claimed(&vm.id, &data, &vm.identity).await {
@@ -260,6 +287,7 @@ impl Engine {
         let process = Arc::clone(&vm.machine.vm);
         let sandbox = Arc::new(Sandbox::running(data, vm.identity, vm.machine));
         self.sandboxes.insert(vm.id.clone(), Arc::clone(&sandbox));
+        live::changed();
         self.expiries.set(&vm.id, sandbox.ends_at());
         self.watch_sandbox(&sandbox, process);
         Ok(Created { sandbox, access_token: token.secret })

@@ -133,8 +133,13 @@ impl Engine {
             env: data.env,
             idle_timeout: data.idle_timeout_seconds.map(Duration::from_secs),
             made_by: made_by.map(str::to_owned),
+            network: data.network,
         };
-        let owner = Owner { access_token: self.tokens.issue(), env: request.env.clone() };
+        let owner = Owner {
+            access_token: self.tokens.issue(),
+            env: request.env.clone(),
+            network: request.network.clone(),
+        };
         let vm = lifecycle::restore(&self.context, source, Some(&owner)).await?;
         self.register(vm, Origin::Forked, source, request, owner.access_token, started).await
     }

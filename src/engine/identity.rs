@@ -9,6 +9,8 @@ use utoipa::ToSchema;
 
 use super::ids;
 use super::token::AccessToken;
+use crate::net::Addresses;
+use crate::net::policy::Policy;
 
 /// The values that make one machine another one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +34,8 @@ pub struct Owner {
     pub access_token: AccessToken,
     /// Environment of every command.
     pub env: BTreeMap<String, String>,
+    /// What the VM may reach.
+    pub network: Policy,
 }
 
 /// What the guest reported for each item, in the form the API shows.
@@ -76,10 +80,10 @@ impl Identity {
 
     /// The request that applies it, and hands the VM over when it is somebody's already. Entropy
     /// and clock are taken now: send it at once.
-    pub fn request(&self, owner: Option<&Owner>) -> IdentityRequest {
+    pub fn request(&self, owner: Option<&Owner>, addresses: Option<&Addresses>) -> IdentityRequest {
         let mut entropy = vec![0_u8; 64];
         rand::rng().fill_bytes(&mut entropy);
-        IdentityRequest {
+        let request = IdentityRequest {
             generation: self.generation.clone(),
             entropy: Base64(entropy),
             wall_clock_unix_nanos: ids::wall_clock_unix_nanos(),
@@ -90,6 +94,10 @@ impl Identity {
             access_token: owner.map(|o| o.access_token.secret.clone()),
             env: owner.map(|o| o.env.clone()).unwrap_or_default(),
             ..IdentityRequest::default()
+        };
+        match addresses {
+            Some(addresses) => request.on(addresses.for_guest(&self.mac)),
+            None => request,
         }
     }
 }

@@ -36,6 +36,9 @@ use super::ids;
 use super::keyring::Keyring;
 use super::template::ReadyTemplate;
 use crate::failpoint;
+use crate::live::{self, Series};
+use crate::net::policy::Policy;
+use crate::net::{Addresses, Lease, Network, NetworkError, NetworkRules};
 
 /// How long a restored guest may take to answer for the first time.
 const AGENT_DEADLINE: Duration = Duration::from_secs(10);
@@ -74,6 +77,9 @@ pub enum RestoreError {
         /// Which item, and why.
         source: IdentityFailure,
     },
+    /// Its network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The state database.
     #[error(transparent)]
     Db(#[from] DbError),
@@ -152,12 +158,28 @@ pub struct Machine {
     /// Connection to its agent.
     pub agent: AgentClient,
     dir: RunDir,
+    network: Option<Lease>,
 }
 
 impl Machine {
     /// Puts together a machine that was taken back after a crash.
-    pub fn adopted(vm: Arc<dyn Vm>, agent: AgentClient, dir: RunDir) -> Self {
-        Self { vm, agent, dir }
+    pub fn adopted(
+        vm: Arc<dyn Vm>,
+        agent: AgentClient,
+        dir: RunDir,
+        network: Option<Lease>,
+    ) -> Self {
+        Self { vm, agent, dir, network }
+    }
+
+    /// Its addresses, where it has a network.
+    pub fn addresses(&self) -> Option<&Addresses> {
+        self.network.as_ref().map(Lease::addresses)
+    }
+
+    /// Its network's rules.
+    pub fn rules(&self) -> Option<NetworkRules> {
+        self.network.as_ref().map(Lease::rules)
     }
 
     /// Kills the VM, waits until it is gone, and removes its files.
@@ -192,6 +214,8 @@ pub struct RestoreContext {
     pub file_backed: Arc<BTreeSet<String>>,
     /// Whether working sets are put in place ahead of demand.
     pub working_sets: bool,
+    /// Networks for VMs, where they can be made.
+    pub network: Option<Arc<Network>>,
 }
 
 impl RestoreContext {
@@ -229,6 +253,8 @@ struct Common {
     spawned_ahead: bool,
     // Somebody waits for it: its steps are fail points.
     awaited: bool,
+    // Last, here and in all that holds this: a slot is given back when the process is gone.
+    network: Option<Lease>,
 }
 
 impl Common {
@@ -343,6 +369,7 @@ impl Spawned {
             keep_row: false,
             spawned_ahead: false,
             awaited: priority == Priority::Normal,
+            network: None,
         };
         common.reached("restore.noted").await;
         match Self::start(context, template, priority, common, started).await {
@@ -369,6 +396,7 @@ impl Spawned {
             keep_row: true,
             spawned_ahead: false,
             awaited: false,
+            network: None,
         };
         Self::start(context, source, Priority::Normal, common, Instant::now()).await
     }
@@ -388,6 +416,15 @@ impl Spawned {
             Err(e) => std::panic::resume_unwind(e.into_panic()),
         };
         common.time("disk", started);
+        let mut nic = Nic { tap: None, netns: None };
+        if let Some(network) = &context.network {
+            let since = Instant::now();
+            let lease = network.take(&common.identity.mac).await?;
+            let (tap, netns) = lease.nic();
+            nic = Nic { tap: Some(tap), netns };
+            common.network = Some(lease);
+            common.time("network", since);
+        }
         let spec = RestoreSpec {
             id: common.id.clone(),
             run_dir: dir.path().to_owned(),
@@ -399,7 +436,7 @@ impl Spawned {
             root_disk: template.root_disk.clone(),
             scratch_disk: dir.scratch(),
             size: template.size,
-            nic: Nic { tap: None, netns: None },
+            nic,
             background: priority == Priority::Background,
         };
         let shell = context.driver.prepare(&spec).await?;
@@ -420,6 +457,13 @@ impl Spawned {
         owner: Option<&Owner>,
     ) -> Result<Reidentified, RestoreError> {
         let awaited = self.common.awaited;
+        if let Some(owner) = owner {
+            // Before the guest runs.
+            if let Err(e) = self.set_policy(&owner.network).await {
+                self.discard().await;
+                return Err(e);
+            }
+        }
         self.common.reached("restore.spawned").await;
         let loaded = self.load().await?;
         loaded.common.reached("restore.loaded").await;
@@ -429,10 +473,20 @@ impl Spawned {
         if awaited {
             failpoint::reached("restore.identified").await;
         }
-        done.timings.insert("restore".to_owned(), millis(started.elapsed()));
+        let elapsed = started.elapsed();
+        done.timings.insert("restore".to_owned(), millis(elapsed));
+        live::took(Series::Restore, elapsed);
         record_phases(&done.timings);
         metrics::counter!("rethaw_identity_total", "outcome" => "proven").increment(1);
         Ok(done)
+    }
+
+    /// Sets what it may reach.
+    pub async fn set_policy(&self, policy: &Policy) -> Result<(), RestoreError> {
+        match &self.common.network {
+            Some(lease) => Ok(lease.rules().set_policy(policy).await?),
+            None => Ok(()),
+        }
     }
 
     /// Somebody waits for it from now on. Its start is nobody's wait any more.
@@ -489,7 +543,10 @@ impl Loaded {
             Ok(agent)
         };
         match attempt.await {
-            Ok(agent) => Ok(Resumed { machine: Machine { vm, agent, dir }, common }),
+            Ok(agent) => {
+                let network = common.network.take();
+                Ok(Resumed { machine: Machine { vm, agent, dir, network }, common })
+            }
             Err(e) => {
                 vm.kill().await;
                 drop((vm, dir));
@@ -506,7 +563,7 @@ impl Resumed {
         let Self { machine, mut common } = self;
         let started = Instant::now();
         // Made here and not earlier: the clock in it must be now.
-        let request = common.identity.request(owner);
+        let request = common.identity.request(owner, machine.addresses());
         let attempt = async {
             let report = machine.agent.identity(&request, IDENTITY_DEADLINE).await;
             let report = report.map_err(|e| common.agent_error("identity", e))?;
@@ -546,7 +603,10 @@ impl Resumed {
     ) -> Result<(Machine, Timings), RestoreError> {
         let Self { machine, mut common } = self;
         let started = Instant::now();
-        match machine.agent.resume(request, deadline).await {
+        let mac = &common.identity.mac;
+        let network = machine.addresses().map(|addresses| addresses.for_guest(mac));
+        let request = ResumeRequest { network, ..request.clone() };
+        match machine.agent.resume(&request, deadline).await {
             Ok(_) => {
                 common.time("revive", started);
                 Ok((machine, common.timings))

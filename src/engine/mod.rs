@@ -59,6 +59,9 @@ use template::Template;
 use token::TokenKey;
 
 use crate::failpoint;
+use crate::live;
+use crate::net::Network;
+use crate::net::policy::Policy;
 pub use workspace::WorkspaceError;
 
 /// What the engine needs to start.
@@ -151,6 +154,17 @@ pub enum SandboxError {
     Db(#[from] DbError),
 }
 
+/// Why a sandbox's network is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkChangeError {
+    /// Not there.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    /// The rules could not be changed.
+    #[error(transparent)]
+    Network(#[from] crate::net::NetworkError),
+}
+
 impl Engine {
     /// Opens the state below `config.home` and brings everything up; `base` may still be baking
     /// when this returns.
@@ -159,6 +173,7 @@ impl Engine {
         driver: Arc<dyn Driver>,
         pager: Arc<Supervisor>,
         keys: Arc<Keyring>,
+        network: Option<Arc<Network>>,
     ) -> Result<Arc<Self>, StartError> {
         let dir = |path: &Path| {
             let path = path.to_owned();
@@ -179,6 +194,7 @@ impl Engine {
                 keys,
                 file_backed: Arc::new(config.file_backed.clone()),
                 working_sets: config.working_sets,
+                network,
             },
             config,
             store,
@@ -197,6 +213,9 @@ impl Engine {
         engine.load_snapshots().await?;
         engine.drop_orphans();
         engine.watch_pager();
+        if let Some(network) = engine.network() {
+            engine.spawn(Arc::clone(network).keep_ready(engine.claims.subscribe()));
+        }
         let ttl = Arc::clone(&engine);
         engine.spawn(async move { ttl.expire_sandboxes().await });
         let base = Arc::clone(&engine);
@@ -225,6 +244,11 @@ impl Engine {
     /// The VMM driver.
     pub fn driver(&self) -> &Arc<dyn Driver> {
         &self.context.driver
+    }
+
+    /// Networks of VMs, where they can be made.
+    pub fn network(&self) -> Option<&Arc<Network>> {
+        self.context.network.as_ref()
     }
 
     /// The page server's supervisor.
@@ -260,6 +284,11 @@ impl Engine {
         all
     }
 
+    /// Every pool's numbers by its template, without a look at the sandboxes.
+    pub fn pool_numbers(&self) -> Vec<(String, PoolNumbers)> {
+        self.pools.iter().map(|p| (p.key().clone(), p.value().numbers())).collect()
+    }
+
     fn claimed(&self, template: &str) -> u32 {
         let of = |s: &Sandbox| s.data().template == template && s.state() != State::Paused;
         self.sandboxes.iter().filter(|s| of(s.value())).count() as u32
@@ -289,6 +318,7 @@ impl Engine {
         let name = ready.name.clone();
         let pool = Pool::new(ready, self.context.clone(), target, self.claims.subscribe());
         self.pools.insert(name, Arc::clone(&pool));
+        live::changed();
         self.spawn(pool.run());
         Ok(())
     }
@@ -331,6 +361,49 @@ impl Engine {
         Ok(())
     }
 
+    /// Changes what a sandbox may reach, and who may reach it.
+    pub async fn set_network(
+        &self,
+        id: &str,
+        policy: Policy,
+    ) -> Result<Arc<Sandbox>, NetworkChangeError> {
+        let sandbox = self.sandbox(id)?;
+        // Held: a pause or a resume takes the policy with it, old or new.
+        let machine = sandbox.machine.lock().await;
+        let stage = match sandbox.state() {
+            State::Deleting => return Err(SandboxError::NotFound(id.to_owned()).into()),
+            State::Paused => db::Stage::Paused,
+            _ => db::Stage::Claimed,
+        };
+        let before = sandbox.data().network;
+        let data = sandbox.update(|d| d.network = policy.clone());
+        self.context.db.vm_sandbox(id, stage, &data).await.map_err(SandboxError::from)?;
+        if let Some(rules) = machine.as_ref().and_then(lifecycle::Machine::rules)
+            && let Err(e) = rules.set_policy(&policy).await
+        {
+            let data = sandbox.update(|d| d.network = before);
+            self.context.db.vm_sandbox(id, stage, &data).await.map_err(SandboxError::from)?;
+            return Err(e.into());
+        }
+        drop(machine);
+        Ok(sandbox)
+    }
+
+    /// What of a running sandbox's packets passed and what did not.
+    pub async fn packets(
+        &self,
+        sandbox: &Sandbox,
+    ) -> Result<Option<Vec<(String, crate::net::Count)>>, NetworkChangeError> {
+        let rules = {
+            let machine = sandbox.machine.lock().await;
+            machine.as_ref().and_then(lifecycle::Machine::rules)
+        };
+        match rules {
+            Some(rules) => Ok(Some(rules.counters().await?)),
+            None => Ok(None),
+        }
+    }
+
     /// Removes a sandbox and all it held. What is done is done also if the caller goes away.
     pub async fn delete(self: &Arc<Self>, id: &str) -> Result<(), SandboxError> {
         let sandbox = self.sandbox(id)?;
@@ -371,6 +444,7 @@ impl Engine {
         failpoint::reached("delete.key_destroyed").await;
         self.expiries.clear(&id);
         self.sandboxes.remove(&id);
+        live::changed();
         self.context.db.vm_gone(&id).await?;
         failpoint::reached("delete.noted").await;
         let data = sandbox.data();
@@ -411,6 +485,9 @@ impl Engine {
             }
         }
         self.end_tasks().await;
+        if let Some(network) = self.network() {
+            network.take_down().await;
+        }
         self.pager.shutdown();
     }
 
@@ -419,6 +496,9 @@ impl Engine {
             pool.close();
         }
         self.expiries.close();
+        if let Some(network) = self.network() {
+            network.close();
+        }
         let mut tasks = {
             let mut tasks = self.tasks.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             std::mem::take(&mut *tasks)

@@ -15,6 +15,7 @@ use super::identity::Owner;
 use super::ids;
 use super::lifecycle::{Reidentified, RestoreContext, RestoreError, Spawned};
 use super::template::ReadyTemplate;
+use crate::net::policy::Policy;
 
 /// How long the hand-over of a parked VM may take before it is thrown away for another one.
 const CLAIM_DEADLINE: Duration = Duration::from_secs(3);
@@ -136,6 +137,14 @@ impl Reidentified {
         };
         let done = self.machine.agent.claim(&request, CLAIM_DEADLINE).await;
         done.map_err(|source| self.agent_error("claim", source))
+    }
+
+    /// Sets what it may reach.
+    pub async fn set_policy(&self, policy: &Policy) -> Result<(), RestoreError> {
+        match self.machine.rules() {
+            Some(rules) => Ok(rules.set_policy(policy).await?),
+            None => Ok(()),
+        }
     }
 
     fn agent_error(&self, step: &'static str, source: AgentError) -> RestoreError {

@@ -260,6 +260,10 @@ impl Engine {
         let source: ReadyTemplate = self.resolve_workspace(&data.template, snapshot)?;
         let identity = sandbox.identity().values;
         let spawned = Spawned::respawn(&self.context, &source, &data.id, identity).await?;
+        if let Err(e) = spawned.set_policy(&data.network).await {
+            spawned.discard().await;
+            return Err(e.into());
+        }
         failpoint::reached("resume.spawned").await;
         let resumed = spawned.load().await?.resume().await?;
         failpoint::reached("resume.running").await;
@@ -278,6 +282,7 @@ impl Engine {
             d.expires_at = time::OffsetDateTime::now_utc() + timeout;
             snapshot.clone_into(&mut d.restored_from);
             d.paused_in = None;
+            d.addresses = machine.addresses().cloned();
         });
         if let Err(e) = self.context.db.vm_sandbox(&data.id, Stage::Claimed, &data).await {
             machine.destroy().await;

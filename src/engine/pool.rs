@@ -15,6 +15,7 @@ use super::lifecycle::{RestoreContext, Spawned};
 use super::parked::{self, Parked, WarmUp};
 use super::spare::Spare;
 use super::template::ReadyTemplate;
+use crate::live;
 
 /// Longest pause between two attempts after a restore failed.
 const MAX_BACKOFF: Duration = Duration::from_secs(10);
@@ -98,6 +99,7 @@ impl Pool {
     /// Changes how many VMs it tries to keep.
     pub fn set_target(&self, target: u32) {
         self.target.store(target, Ordering::Relaxed);
+        live::changed();
         self.wake.notify_one();
     }
 
@@ -105,6 +107,7 @@ impl Pool {
     pub fn take(&self) -> Option<Parked> {
         *self.last_taken() = Some(Instant::now());
         let entry = self.entries().pop_front();
+        live::changed();
         if let Some(entry) = entry {
             entry.watcher.abort();
             self.wake.notify_one();
@@ -136,6 +139,8 @@ impl Pool {
             pool.remove_dead(&id, &reason.to_string()).await;
         });
         entries.push_back(Entry { parked, watcher: watcher.abort_handle() });
+        drop(entries);
+        live::changed();
     }
 
     /// Keeps the number of parked VMs at the target until the pool is closed.
@@ -154,6 +159,7 @@ impl Pool {
             self.drop_surplus().await;
             while self.wants_more() {
                 self.restoring.fetch_add(1, Ordering::Relaxed);
+                live::changed();
                 let pool = Arc::clone(self);
                 let wait = backoff;
                 restores.spawn(async move { pool.restore_one(wait).await });
@@ -162,6 +168,7 @@ impl Pool {
                 () = self.wake.notified() => {}
                 Some(done) = restores.join_next(), if !restores.is_empty() => {
                     self.restoring.fetch_sub(1, Ordering::Relaxed);
+                    live::changed();
                     backoff = match done {
                         Ok(true) => Duration::ZERO,
                         _ => (backoff * 2).clamp(Duration::from_millis(100), MAX_BACKOFF),
@@ -202,10 +209,14 @@ impl Pool {
         // Claims come first: they are short, and a restore would take the CPU from them.
         let mut claims = self.claims.clone();
         let _ = claims.wait_for(|under_way| *under_way == 0).await;
+        let started = Instant::now();
         let warm_up = if self.is_busy() { WarmUp::Claim } else { WarmUp::ClaimAndCommand };
         match parked::restore(&self.context, &self.template, warm_up).await {
             Ok(parked) => {
                 self.put(parked);
+                let name = self.template.name.clone();
+                metrics::histogram!("rethaw_pool_refill_duration_seconds", "template" => name)
+                    .record(started.elapsed().as_secs_f64());
                 true
             }
             Err(e) => {
@@ -222,6 +233,7 @@ impl Pool {
             at.and_then(|at| entries.remove(at))
         };
         let Some(entry) = entry else { return };
+        live::changed();
         tracing::warn!(vm = id, "parked VM {reason}; replacing it");
         metrics::counter!("rethaw_pool_deaths_total", "template" => self.template.name.clone())
             .increment(1);
@@ -238,6 +250,7 @@ impl Pool {
             };
             let Some(entry) = entry else { return };
             entry.watcher.abort();
+            live::changed();
             self.destroy(entry.parked).await;
         }
     }

@@ -90,7 +90,15 @@ impl Engine {
                 return Err("its record is incomplete".to_owned());
             };
             let dir = RunDir::adopt(record.run_dir.clone());
-            Ok((data, identity, Machine::adopted(vm, agent, dir)))
+            let network = match (&self.context.network, &data.addresses) {
+                (Some(network), Some(addresses)) => {
+                    let pid = record.process.pid;
+                    let lease = network.adopt(pid, addresses.clone(), data.network.clone()).await;
+                    Some(lease.map_err(|e| e.to_string())?)
+                }
+                _ => None,
+            };
+            Ok((data, identity, Machine::adopted(vm, agent, dir, network)))
         };
         match attempt.await {
             Ok((data, identity, machine)) => {

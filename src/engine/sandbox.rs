@@ -16,6 +16,9 @@ use super::db::StoredIdentity;
 use super::lifecycle::{Machine, Timings};
 use super::state::Event;
 pub use super::state::State;
+use crate::live;
+use crate::net::Addresses;
+use crate::net::policy::Policy;
 
 /// Where the machine came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -101,6 +104,12 @@ pub struct SandboxData {
     /// Name of the request that it was made for, when that one can be sent again.
     #[serde(default)]
     pub made_by: Option<String>,
+    /// What it may reach, and who may reach it.
+    #[serde(default)]
+    pub network: Policy,
+    /// Where it is reached; of its last run while it is paused.
+    #[serde(default)]
+    pub addresses: Option<Addresses>,
 }
 
 /// When a sandbox was used last, and how often it is in use now.
@@ -194,6 +203,7 @@ impl Sandbox {
     pub fn update(&self, change: impl FnOnce(&mut SandboxData)) -> SandboxData {
         let mut data = self.data.write().unwrap_or_else(std::sync::PoisonError::into_inner);
         change(&mut data);
+        live::changed();
         data.clone()
     }
 
@@ -213,6 +223,8 @@ impl Sandbox {
         match state.after(event) {
             Some(next) => {
                 *state = next;
+                drop(state);
+                live::changed();
                 Ok(next)
             }
             None => {

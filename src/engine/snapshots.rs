@@ -129,7 +129,11 @@ impl Engine {
         let mut env = snapshot.env.clone();
         env.append(&mut request.env);
         request.env = env;
-        let owner = Owner { access_token: self.tokens.issue(), env: request.env.clone() };
+        let owner = Owner {
+            access_token: self.tokens.issue(),
+            env: request.env.clone(),
+            network: request.network.clone(),
+        };
         let vm = lifecycle::restore(&self.context, &source, Some(&owner)).await?;
         self.register(vm, Origin::Forked, &source, request, owner.access_token, started).await
     }

@@ -17,6 +17,8 @@ use uffd_handler::source::LayerFiles;
 use uffd_handler::supervisor::MemoryPlan;
 use utoipa::ToSchema;
 
+use crate::live;
+
 /// Name of the template every service has.
 pub const BASE: &str = "base";
 
@@ -39,6 +41,16 @@ pub enum TemplateState {
 }
 
 impl TemplateState {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::Queued,
+        Self::Booting,
+        Self::Settling,
+        Self::Snapshotting,
+        Self::Ready,
+        Self::Failed,
+    ];
+
     /// Its name in the API and in the database.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -148,5 +160,6 @@ impl Template {
     /// Changes its progress.
     pub fn update(&self, change: impl FnOnce(&mut Status)) {
         change(&mut self.status.write().unwrap_or_else(std::sync::PoisonError::into_inner));
+        live::changed();
     }
 }

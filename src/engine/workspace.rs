@@ -126,8 +126,9 @@ impl Engine {
         let cipher = key.as_ref().map(|k| &k.key);
         let state =
             async { Ok::<_, WorkspaceError>(machine.vm.snapshot(draft.dir(), cipher).await?) };
-        // Both take a processor for as long as they last.
-        let (written, (disk_digest, disk_time)) = tokio::try_join!(state, disk)?;
+        // Both take a processor for as long as they last; neither is given up half-way.
+        let (written, disk) = tokio::join!(state, disk);
+        let (written, (disk_digest, disk_time)) = (written?, disk?);
         for (phase, took) in written.phases {
             timings.insert(phase.to_owned(), millis(took));
         }

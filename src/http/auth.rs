@@ -56,7 +56,8 @@ impl ApiKey {
         Self(Sha256::digest(key.as_bytes()).into())
     }
 
-    fn matches(&self, presented: &str) -> bool {
+    /// Whether this is the key.
+    pub fn matches(&self, presented: &str) -> bool {
         // Digests, so that the time the comparison takes says nothing about the key.
         Self::of(presented).0 == self.0
     }

@@ -15,7 +15,9 @@ use super::request_id;
 use crate::engine::db::DbError;
 use crate::engine::lifecycle::RestoreError;
 use crate::engine::sandbox::State;
-use crate::engine::{CreateError, SandboxError, TransitionError, WorkspaceError};
+use crate::engine::{
+    CreateError, NetworkChangeError, SandboxError, TransitionError, WorkspaceError,
+};
 
 /// A refusal: the members of RFC 9457, and `code`, `message` and `error_code` besides
 #[derive(Debug, Serialize, ToSchema)]
@@ -222,6 +224,7 @@ impl From<RestoreError> for ApiError {
         let code = match e {
             RestoreError::Identity { .. } => "identity_not_proven",
             RestoreError::Key(_) => "key_unavailable",
+            RestoreError::Network(_) => "network_failed",
             _ => "restore_failed",
         };
         Self::new(StatusCode::SERVICE_UNAVAILABLE, code, message).retry_after(1)
@@ -250,6 +253,17 @@ impl From<WorkspaceError> for ApiError {
         };
         let error = Self::new(status, code, e.to_string());
         if status == StatusCode::SERVICE_UNAVAILABLE { error.retry_after(5) } else { error }
+    }
+}
+
+impl From<NetworkChangeError> for ApiError {
+    fn from(e: NetworkChangeError) -> Self {
+        match e {
+            NetworkChangeError::Sandbox(e) => e.into(),
+            NetworkChangeError::Network(e) => {
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "network_failed", e.to_string())
+            }
+        }
     }
 }
 

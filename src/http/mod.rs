@@ -1,14 +1,20 @@
 //! The HTTP face: native API under `/v1`, operations at the root.
 //!
 //! ```text
+//! / /dashboard/*                       ../dashboard no key needed
 //! /healthz /readyz /metrics            ops.rs       no key needed
 //! /v1/openapi.json                     openapi.rs   no key needed
 //! /v1/info                             ops.rs
+//! /v1/stats                            stats.rs
+//! /v1/events                           events.rs    server-sent
 //! /v1/sandboxes[/{id}[/timeout]]       sandboxes.rs
 //! /v1/sandboxes/{id}/{pause,resume,fork}  transitions.rs
 //! /v1/sandboxes/{id}/exec              exec.rs
 //! /v1/sandboxes/{id}/pty               pty.rs
 //! /v1/sandboxes/{id}/files             files.rs
+//! /v1/sandboxes/{id}/network           network.rs
+//! /v1/sandboxes/{id}/ports/{port}/...  ports.rs     the sandbox's token does, too
+//! {port}-{id}.{domain}                 ports.rs     likewise
 //! /v1/templates[/{name}]               templates.rs
 //! /v1/pools[/{template}]               pools.rs
 //! /sandboxes /v2/... /process.Process/... /files ...   what E2B's SDKs ask for: crate::e2b
@@ -21,17 +27,21 @@
 
 mod auth;
 pub mod error;
+mod events;
 mod exec;
 pub mod files;
 pub mod host;
 pub mod idempotency;
 pub mod json;
+mod network;
 mod openapi;
 mod ops;
 mod pools;
+mod ports;
 mod pty;
 mod request_id;
 pub mod sandboxes;
+mod stats;
 mod templates;
 pub mod transitions;
 
@@ -39,17 +49,19 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::routing::get;
+use axum::routing::{any, get};
 use metrics_exporter_prometheus::PrometheusHandle;
+use tokio_util::sync::CancellationToken;
 use utoipa::OpenApi;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
 
 pub use auth::{ApiKey, KEY_PREFIX};
-use error::ApiError;
+pub use error::ApiError;
 
 use crate::e2b;
 use crate::engine::Engine;
+use crate::live::History;
 
 /// Longest JSON body; files are streamed and not bound by it.
 pub const MAX_JSON_BYTES: usize = 1 << 20;
@@ -63,6 +75,12 @@ pub struct App {
     pub key: Option<ApiKey>,
     /// Renders `/metrics`.
     pub metrics: PrometheusHandle,
+    /// Domain of the host names of ports; any where there is none.
+    pub domain: Option<Arc<str>>,
+    /// The last minutes.
+    pub history: Arc<History>,
+    /// Cancelled when the service stops: streams without an end of their own end then.
+    pub closing: CancellationToken,
 }
 
 /// All routes, ready to be served.
@@ -73,11 +91,23 @@ pub fn router(app: App) -> Router {
     router
         .merge(e2b::control_routes().layer(once).layer(key))
         .merge(e2b::data_routes())
+        .merge(ports())
+        .merge(crate::dashboard::routes())
         .fallback(|| async { ApiError::route_not_found() })
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
+        .layer(axum::middleware::from_fn_with_state(app.clone(), ports::by_host))
         .layer(axum::middleware::from_fn_with_state(app.clone(), e2b::by_host))
         .layer(axum::middleware::from_fn(request_id::track))
         .with_state(app)
+}
+
+/// Ports of sandboxes: what passes there is the guests' business, in body and in documentation.
+fn ports() -> Router<App> {
+    Router::new()
+        .route("/v1/sandboxes/{id}/ports/{port}", any(ports::by_path))
+        .route("/v1/sandboxes/{id}/ports/{port}/", any(ports::by_path))
+        .route("/v1/sandboxes/{id}/ports/{port}/{*rest}", any(ports::by_path))
+        .layer(DefaultBodyLimit::disable())
 }
 
 /// Every route, with its documentation; `guard` is laid around those that need a key.
@@ -93,12 +123,15 @@ fn routes(guard: impl FnOnce(OpenApiRouter<App>) -> OpenApiRouter<App>) -> OpenA
 fn v1() -> OpenApiRouter<App> {
     OpenApiRouter::default()
         .routes(routes!(ops::info))
+        .routes(routes!(stats::get))
+        .routes(routes!(events::stream))
         .routes(routes!(sandboxes::list, sandboxes::create))
         .routes(routes!(sandboxes::get, sandboxes::delete))
         .routes(routes!(sandboxes::set_timeout))
         .routes(routes!(transitions::pause))
         .routes(routes!(transitions::resume))
         .routes(routes!(transitions::fork))
+        .routes(routes!(network::get, network::change))
         .routes(routes!(exec::exec))
         // A WebSocket is nothing that OpenAPI could describe.
         .route("/sandboxes/{id}/pty", get(pty::pty))

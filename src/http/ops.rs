@@ -10,7 +10,7 @@ use serde::Serialize;
 use snapshotter::vmm::VmmKind;
 use utoipa::ToSchema;
 
-use super::{App, MAX_JSON_BYTES};
+use super::{App, MAX_JSON_BYTES, events};
 use crate::engine::template::TemplateState;
 
 /// The process serves
@@ -121,9 +121,10 @@ pub async fn readyz(State(app): State<App>) -> impl IntoResponse {
 #[utoipa::path(get, path = "/metrics", tag = "service", operation_id = "get_metrics",
     responses((status = 200, description = "Prometheus text", body = String)))]
 pub async fn metrics(State(app): State<App>) -> impl IntoResponse {
-    crate::metrics::sample(&app.engine);
+    crate::metrics::sample(&app.engine, events::viewers());
     let mut text = app.metrics.render();
     text.push_str(&crate::metrics::fault_histogram(&app.engine));
+    text.push_str(&crate::metrics::process_text());
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
 }
 

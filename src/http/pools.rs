@@ -33,7 +33,8 @@ pub struct PoolView {
 }
 
 impl PoolView {
-    fn new((template, numbers, claimed): (String, PoolNumbers, u32)) -> Self {
+    /// The view of a pool.
+    pub fn new((template, numbers, claimed): (String, PoolNumbers, u32)) -> Self {
         let PoolNumbers { target, ready, restoring, misses_total } = numbers;
         Self { template, target, ready, restoring, claimed, misses_total }
     }

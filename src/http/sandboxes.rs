@@ -1,6 +1,6 @@
 //! `/v1/sandboxes`: create, list, get, delete, timeout.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::time::Duration;
 
@@ -18,11 +18,13 @@ use super::App;
 use super::error::ApiError;
 use super::idempotency;
 use super::json::JsonBody;
+use super::network::{NetworkView, PolicyBody, internet_schema};
 use super::openapi::{env_schema, filters_schema, metadata_schema};
 use crate::engine::CreateRequest;
 use crate::engine::identity::ItemView;
 use crate::engine::lifecycle::Timings;
 use crate::engine::sandbox::{OnTimeout, Origin, Sandbox, State as SandboxState};
+use crate::net::policy::{Internet, Limits, Policy};
 
 /// Life time of a sandbox whose client names none.
 pub const DEFAULT_TIMEOUT_SECONDS: u64 = 300;
@@ -66,6 +68,8 @@ pub struct SandboxView {
     idle_timeout_seconds: Option<u64>,
     /// VMM that runs it
     vmm: String,
+    /// Where it is, what it may reach, and who may reach it
+    network: NetworkView,
     /// What makes it another machine than its siblings
     identity: IdentityView,
     /// Phases of the request that made, resumed or paused it
@@ -100,6 +104,7 @@ impl SandboxView {
     pub fn new(sandbox: &Sandbox, access_token: Option<String>) -> Self {
         let data = sandbox.data();
         let identity = sandbox.identity();
+        let network = NetworkView::of(&data);
         Self {
             id: data.id,
             template: data.template,
@@ -112,6 +117,7 @@ impl SandboxView {
             on_timeout: data.on_timeout,
             idle_timeout_seconds: data.idle_timeout_seconds,
             vmm: data.vmm,
+            network,
             identity: IdentityView {
                 hostname: identity.values.hostname,
                 machine_id: identity.values.machine_id,
@@ -163,6 +169,13 @@ pub struct CreateBody {
     /// Its time is also up when no command, file or connection used it for this long
     #[schema(minimum = 1, maximum = 2_592_000)]
     idle_timeout_seconds: Option<u64>,
+    #[schema(schema_with = internet_schema)]
+    internet: Option<Internet>,
+    /// Most that passes in each direction
+    network_limits: Option<Limits>,
+    /// Ports that anybody may reach through the service, without a token
+    #[schema(value_type = Option<Vec<u16>>, max_items = 64)]
+    public_ports: Option<BTreeSet<u16>>,
 }
 
 /// Checks a life time against the service's limit.
@@ -237,6 +250,11 @@ pub async fn create(
     let idle_timeout = idle.map(|s| duration(&app, "idle_timeout_seconds", s)).transpose()?;
     check_metadata(&body.metadata)?;
     check_env(&body.env)?;
+    let wanted = PolicyBody {
+        internet: body.internet,
+        network_limits: body.network_limits,
+        public_ports: body.public_ports,
+    };
     let request = CreateRequest {
         template: body.template,
         timeout,
@@ -245,6 +263,7 @@ pub async fn create(
         env: body.env,
         idle_timeout,
         made_by: idempotency::current(),
+        network: wanted.on(&app, Policy::default())?,
     };
     let created = app.engine.create(request).await?;
     let view = SandboxView::new(&created.sandbox, Some(created.access_token));

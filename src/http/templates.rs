@@ -58,7 +58,8 @@ struct SnapshotView {
 }
 
 impl TemplateView {
-    fn new(template: &Template) -> Self {
+    /// The view of a template.
+    pub fn new(template: &Template) -> Self {
         let status = template.status();
         let snapshot = status.ready.map(|ready| {
             let m = &ready.manifest;

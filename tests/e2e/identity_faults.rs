@@ -39,7 +39,7 @@ async fn a_vm_whose_identity_fails_is_destroyed_and_the_next_is_served() {
         let logged = service.log().lines().any(|l| l.contains("ERROR") && l.contains(item));
         assert!(logged, "{item} is not in the log:\n{}", service.log());
         // Nothing of it is left: the source is the only sandbox with a VM.
-        assert_eq!(service.home().vm_ids(), [source.clone()], "{item}");
+        assert_eq!(service.home().vm_ids(), std::slice::from_ref(&source), "{item}");
     }
     service.sh(&source, "rm /etc/rethaw/fault-injection").await;
     let reply = service.act(&source, "fork", &json!({ "count": 1 })).await.expect(201);

@@ -7,17 +7,21 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
+mod browser;
 mod client;
 mod home;
 mod process;
 mod service;
+mod world;
 
 mod commands;
 mod crash;
+mod dashboard;
 mod death;
 mod e2b;
 mod encryption;
 mod exec;
+mod feed;
 mod files;
 mod fork;
 mod idempotency;
@@ -27,8 +31,11 @@ mod identity_first;
 mod identity_hooks;
 mod identity_verify;
 mod memory;
+mod metrics;
+mod network;
 mod openapi;
 mod pause;
+mod ports;
 mod refusals;
 mod restart;
 mod sandboxes;

@@ -312,6 +312,8 @@ fn spawn(home: &Home, options: &[String], start: u32, env: &[(&str, &str)]) -> C
         .arg(home.path())
         .args(options)
         .env("NO_COLOR", "1")
+        // Where a test does not make a network of its own, the machine's is left alone.
+        .env("RETHAW_NETWORK", "off")
         .envs(env.iter().copied())
         .stdout(Stdio::null())
         .stderr(log);

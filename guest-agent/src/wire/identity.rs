@@ -74,6 +74,31 @@ pub struct Ipv6Config {
     pub gateway: Option<String>,
 }
 
+/// What a machine is to know of the network it is attached to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkSettings {
+    /// Hardware address, `02:xx:xx:xx:xx:xx`.
+    pub mac: String,
+    /// IPv4 address and gateway.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipv4: Option<Ipv4Config>,
+    /// IPv6 address and gateway.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipv6: Option<Ipv6Config>,
+    /// Name servers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub dns: Vec<String>,
+}
+
+impl IdentityRequest {
+    /// The same request, for a machine that is attached to this network.
+    #[must_use]
+    pub fn on(self, network: NetworkSettings) -> Self {
+        let NetworkSettings { mac, ipv4, ipv6, dns } = network;
+        Self { mac: Some(mac), ipv4, ipv6, dns, ..self }
+    }
+}
+
 /// Outcome of one identity item.
 ///
 /// `verified` cannot be set from outside: in the guest only a read-back that equals the wanted

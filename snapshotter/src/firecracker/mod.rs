@@ -23,7 +23,6 @@ pub mod kvm;
 mod restore;
 mod snapshot;
 mod spawn;
-mod tap;
 mod uids;
 pub mod version;
 mod vm;

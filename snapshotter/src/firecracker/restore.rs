@@ -2,9 +2,10 @@
 
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use tokio::time::timeout;
 use uffd_handler::handshake::{self, Expect};
 use uffd_handler::supervisor::{MemoryPlan, Supervisor};
 
@@ -17,6 +18,10 @@ use crate::priority;
 use crate::vmm::{
     MemoryBackend, Phases, Priority, RestoreSpec, Shell, Vm, VmRecord, VmmError, read_vmstate,
 };
+
+/// A Firecracker that refuses a snapshot answers and ends. Its end can be seen before its answer has
+/// been read, which is waited for this long: it has the reason.
+const SOON: Duration = Duration::from_millis(500);
 
 /// A started Firecracker with everything in its home that it will load.
 #[derive(Debug)]
@@ -101,10 +106,14 @@ impl FirecrackerShell {
         let mut phases = self.vm.spawned().phases.clone();
         let started = Instant::now();
         let Spawned { process, api, home, .. } = self.vm.spawned();
+        let mut loading = std::pin::pin!(self.with_memory(self.put_load(api)));
         tokio::select! {
             biased;
-            loaded = self.with_memory(self.put_load(api)) => loaded?,
+            loaded = &mut loading => loaded?,
             reason = process.exited() => {
+                if let Ok(Err(e @ VmmError::Refused { .. })) = timeout(SOON, loading).await {
+                    return Err(e);
+                }
                 let record = self.vm.record();
                 return Err(died(&record.id, &record.run_dir, home, reason));
             }
@@ -161,7 +170,19 @@ impl FirecrackerShell {
             tokio::task::spawn_blocking(move || register(&own, &expect, &pager, &id, &plan));
         let register =
             async { register.await.unwrap_or_else(|e| Err(e.to_string())).map_err(memory_error) };
-        tokio::try_join!(put, register).map(|((), ())| ())
+        let mut put = std::pin::pin!(put);
+        let mut register = std::pin::pin!(register);
+        tokio::select! {
+            biased;
+            loaded = &mut put => { loaded?; register.await }
+            registered = &mut register => match registered {
+                Ok(()) => put.await,
+                Err(e) => match timeout(SOON, put).await {
+                    Ok(Err(refused @ VmmError::Refused { .. })) => Err(refused),
+                    _ => Err(e),
+                },
+            }
+        }
     }
 
     /// A snapshot has the limits of the VM it was made of.

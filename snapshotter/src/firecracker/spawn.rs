@@ -12,8 +12,9 @@ use tokio::io::unix::AsyncFd;
 
 use super::api::{ApiClient, ApiError};
 use super::home::{self, Access, Home, Jail, file_error};
-use super::{COMMAND_DEADLINE, Firecracker, START_DEADLINE, VMM, tap};
+use super::{COMMAND_DEADLINE, Firecracker, START_DEADLINE, VMM};
 use crate::process::{ExitReason, Process, ProcessError};
+use crate::tap;
 use crate::vmm::{MachineSize, Nic, Phases, VmmError};
 
 /// What a VM's standard output, which is the guest's serial port, becomes.

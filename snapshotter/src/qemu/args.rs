@@ -143,7 +143,10 @@ impl Machine<'_> {
         push(&["-chardev", &format!("socket,id=agent,fd={AGENT_FD},server=on,wait=off")]);
         push(&["-device", &format!("virtserialport,chardev=agent,name={AGENT_PORT}")]);
         if let Some(tap) = &self.nic.tap {
-            push(&["-netdev", &format!("tap,id=net,ifname={tap},script=no,downscript=no")]);
+            // Without the header that carries offloads: a machine saved with it would load on no
+            // other kind of network.
+            let tap = format!("tap,id=net,ifname={tap},script=no,downscript=no,vnet_hdr=off");
+            push(&["-netdev", &tap]);
         } else {
             // A network without any other member: the NIC is there, the cable is not.
             push(&["-netdev", "hubport,id=net,hubid=0"]);

@@ -27,6 +27,7 @@ use uffd_handler::supervisor::Supervisor;
 
 use crate::host::{self, Accelerator};
 use crate::process::Process;
+use crate::tap;
 use crate::vmm::{
     BootSpec, Compat, Driver, MemoryBackend, RestoreSpec, Shell, Vm, VmRecord, VmmError, VmmKind,
 };
@@ -93,6 +94,14 @@ impl Qemu {
         let mut command = Command::new(&self.config.binary);
         command.args(machine.args()).env_clear().envs(env.iter().map(|(k, v)| (*k, v)));
         command.current_dir(run_dir);
+        if let Some(path) = &machine.nic.netns {
+            let netns = std::fs::File::open(path).map_err(|source| VmmError::File {
+                what: "cannot open the network namespace",
+                path: path.clone(),
+                source,
+            })?;
+            tap::start_inside(&mut command, netns.into());
+        }
         Process::spawn(command, fds, &log_path(run_dir)).map_err(|source| VmmError::Process {
             vmm: VMM,
             id: id.to_owned(),

@@ -4,7 +4,7 @@
 //! `{"resize":{"cols":80,"rows":24}}` from here, `{"exit":{"code":0}}` from there.
 
 mod link;
-mod terminal;
+pub mod terminal;
 
 use std::process::ExitCode;
 

@@ -25,9 +25,18 @@ pub fn size() -> anyhow::Result<Size> {
         anyhow::bail!("shell needs a terminal; for scripts there is `rethaw exec`");
     }
     let size = tcgetwinsize(std::io::stdout()).context("cannot ask the terminal for its size")?;
-    // A serial console says 0 by 0.
-    let or = |given: u16, usual| if given == 0 { usual } else { given };
-    Ok(Size { cols: or(size.ws_col, 80), rows: or(size.ws_row, 24) })
+    Ok(usual(size.ws_col, size.ws_row))
+}
+
+/// The size of what standard output goes to.
+pub fn size_of_output() -> Size {
+    let size = tcgetwinsize(std::io::stdout()).ok();
+    size.map_or(usual(0, 0), |size| usual(size.ws_col, size.ws_row))
+}
+
+/// A serial console says 0 by 0.
+fn usual(cols: u16, rows: u16) -> Size {
+    Size { cols: if cols == 0 { 80 } else { cols }, rows: if rows == 0 { 24 } else { rows } }
 }
 
 /// Raw mode, left again when this is dropped: on the way out of an error, too.

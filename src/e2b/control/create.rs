@@ -17,6 +17,7 @@ use crate::http::error::ApiError;
 use crate::http::idempotency;
 use crate::http::json::JsonBody;
 use crate::http::sandboxes::{DEFAULT_TIMEOUT_SECONDS, check_env, check_metadata, timeout};
+use crate::net::policy::{Internet, Policy};
 
 /// The body.
 #[derive(Debug, Deserialize)]
@@ -28,6 +29,9 @@ pub struct CreateBody {
     auto_pause: Option<bool>,
     metadata: Option<BTreeMap<String, String>>,
     env_vars: Option<BTreeMap<String, String>>,
+    // The one field whose name has no capitals.
+    #[serde(rename = "allow_internet_access")]
+    allow_internet_access: Option<bool>,
     #[serde(flatten)]
     unsupported: Unsupported,
 }
@@ -45,6 +49,8 @@ pub async fn create(
     check_metadata(&metadata)?;
     check_env(&env)?;
     let on_timeout = if body.auto_pause == Some(true) { OnTimeout::Pause } else { OnTimeout::Kill };
+    let internet =
+        if body.allow_internet_access == Some(false) { Internet::Off } else { Internet::On };
     let request = CreateRequest {
         template: body.template,
         timeout,
@@ -53,6 +59,7 @@ pub async fn create(
         env,
         idle_timeout: None,
         made_by: idempotency::current(),
+        network: Policy { internet, ..Policy::default() },
     };
     let made = app.engine.create(request).await?;
     let view = created(&made.sandbox, Some(&made.access_token), &Place::of(&headers));

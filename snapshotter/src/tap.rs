@@ -1,13 +1,16 @@
-//! Tap devices for VMs whose Firecracker is nobody: a tap opens only to its owner.
+//! Tap devices, and the network namespaces they are in.
 //!
-//! Everything here happens on a thread of its own, because a tap is made in the network namespace of
-//! the thread that opens `/dev/net/tun`.
+//! A tap opens only to its owner, which matters where Firecracker is nobody. What is done inside a
+//! namespace happens on a thread of its own, because a tap is made in the network namespace of the
+//! thread that opens `/dev/net/tun`.
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
@@ -19,14 +22,19 @@ struct InterfaceRequest {
     rest: [u8; 22],
 }
 
-// <linux/if_tun.h>. The numbers say `int` and the kernel takes a pointer or a plain value.
-nix::ioctl_write_ptr_bad!(
-    tun_set_interface,
-    nix::request_code_write!(b'T', 202, 4),
-    InterfaceRequest
-);
-nix::ioctl_write_int_bad!(tun_set_persist, nix::request_code_write!(b'T', 203, 4));
-nix::ioctl_write_int_bad!(tun_set_owner, nix::request_code_write!(b'T', 204, 4));
+/// <linux/if_tun.h>. The numbers say `int` and the kernel takes a pointer or a plain value.
+mod ioctl {
+    #![allow(missing_docs, reason = "written by macros")]
+    use super::InterfaceRequest;
+
+    nix::ioctl_write_ptr_bad!(
+        tun_set_interface,
+        nix::request_code_write!(b'T', 202, 4),
+        InterfaceRequest
+    );
+    nix::ioctl_write_int_bad!(tun_set_persist, nix::request_code_write!(b'T', 203, 4));
+    nix::ioctl_write_int_bad!(tun_set_owner, nix::request_code_write!(b'T', 204, 4));
+}
 
 const IFF_TAP: u16 = 0x0002;
 const IFF_NO_PI: u16 = 0x1000;
@@ -34,7 +42,7 @@ const IFF_VNET_HDR: u16 = 0x4000;
 
 /// Makes a network namespace with nothing in it but the tap `name`, which nothing is connected to.
 /// It lasts as long as a process or the descriptor holds it, and the tap with it.
-pub(super) fn lonely(name: &str, owner: u32) -> io::Result<OwnedFd> {
+pub(crate) fn lonely(name: &str, owner: u32) -> io::Result<OwnedFd> {
     on_own_thread(|| {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)?;
         set_up(name, owner, true)?;
@@ -43,7 +51,7 @@ pub(super) fn lonely(name: &str, owner: u32) -> io::Result<OwnedFd> {
 }
 
 /// Lets only `owner` open the tap `name`, which somebody made in the namespace `netns`.
-pub(super) fn give(name: &str, netns: Option<&Path>, owner: u32) -> io::Result<()> {
+pub(crate) fn give(name: &str, netns: Option<&Path>, owner: u32) -> io::Result<()> {
     on_own_thread(|| {
         if let Some(path) = netns {
             enter(&File::open(path)?)?;
@@ -56,8 +64,34 @@ pub(super) fn give(name: &str, netns: Option<&Path>, owner: u32) -> io::Result<(
     })
 }
 
+/// Makes the tap `name` in this thread's namespace. It stays there without anybody having it open,
+/// and goes with the namespace.
+pub fn create(name: &str) -> io::Result<()> {
+    set_up(name, rustix::process::getuid().as_raw(), true)
+}
+
+/// Makes a network namespace and runs `f` in it, on a thread of its own. The namespace lasts as long
+/// as its descriptor, a process or a socket in it.
+pub fn new_namespace<T: Send>(
+    f: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<(OwnedFd, T)> {
+    on_own_thread(|| {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)?;
+        let netns = File::open("/proc/thread-self/ns/net")?.into();
+        Ok((netns, f()?))
+    })
+}
+
+/// Has `command` start in the namespace `netns`.
+pub fn start_inside(command: &mut Command, netns: OwnedFd) {
+    let enter =
+        move || Ok(move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network))?);
+    // SAFETY: between fork and exec this makes one system call and allocates nothing.
+    unsafe { command.pre_exec(enter) };
+}
+
 /// Runs `f` on a thread that is in the namespace `netns`.
-pub(super) fn inside<T: Send>(
+pub fn inside<T: Send>(
     netns: &impl AsFd,
     f: impl FnOnce() -> io::Result<T> + Send,
 ) -> io::Result<T> {
@@ -94,12 +128,12 @@ fn set_up(name: &str, owner: u32, persist: bool) -> io::Result<()> {
     let tun = File::options().read(true).write(true).open("/dev/net/tun")?;
     let fd = tun.as_raw_fd();
     // SAFETY: the descriptor is open, and the request is a whole `struct ifreq` (40 bytes).
-    unsafe { tun_set_interface(fd, &raw const request) }?;
+    unsafe { ioctl::tun_set_interface(fd, &raw const request) }?;
     // SAFETY: takes a plain number.
-    unsafe { tun_set_owner(fd, owner as nix::libc::c_int) }?;
+    unsafe { ioctl::tun_set_owner(fd, owner as nix::libc::c_int) }?;
     if persist {
         // SAFETY: takes a plain number.
-        unsafe { tun_set_persist(fd, 1) }?;
+        unsafe { ioctl::tun_set_persist(fd, 1) }?;
     }
     Ok(())
 }

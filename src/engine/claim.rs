@@ -16,6 +16,7 @@ use super::parked::Parked;
 use super::sandbox::{OnTimeout, Origin, Sandbox, SandboxData};
 use super::template::{ReadyTemplate, TemplateState};
 use super::token::AccessToken;
+use super::workspace::WorkspaceError;
 use crate::failpoint;
 use crate::live::{self, Series};
 use crate::net::policy::Policy;
@@ -69,6 +70,9 @@ pub enum CreateError {
         /// What is being done, or why it failed.
         detail: String,
     },
+    /// The snapshot it is to be made from cannot be used.
+    #[error(transparent)]
+    Snapshot(#[from] WorkspaceError),
     /// No VM could be made usable.
     #[error(transparent)]
     Restore(#[from] RestoreError),
@@ -97,10 +101,21 @@ impl Engine {
     /// Makes a sandbox: from the pool, else restored while the caller waits. What was started is
     /// finished or undone also if the caller goes away.
     pub async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<Created, CreateError> {
-        let template = self.ready_template(&request.template)?;
         let engine = Arc::clone(self);
-        let name = template.name.clone();
-        let work = tokio::spawn(async move { engine.claim(&template, request).await });
+        let name = request.template.clone();
+        let snapshot = match self.template(&request.template) {
+            Some(_) => None,
+            None => self.snapshot(&request.template),
+        };
+        let work = match snapshot {
+            Some(snapshot) => {
+                tokio::spawn(async move { engine.create_from(&snapshot, request).await })
+            }
+            None => {
+                let template = self.ready_template(&request.template)?;
+                tokio::spawn(async move { engine.claim(&template, request).await })
+            }
+        };
         match work.await {
             Ok(done) => {
                 if done.is_err() {

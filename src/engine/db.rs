@@ -6,6 +6,7 @@
 
 mod idempotency;
 mod schema;
+mod snapshots;
 mod templates;
 mod vms;
 

@@ -59,7 +59,10 @@ impl Engine {
     }
 
     /// Stops the source, writes it, lets it run on; returns the published snapshot.
-    async fn freeze_for_fork(&self, sandbox: &Sandbox) -> Result<String, TransitionError> {
+    pub(super) async fn freeze_for_fork(
+        &self,
+        sandbox: &Sandbox,
+    ) -> Result<String, TransitionError> {
         let mut slot = sandbox.machine.lock().await;
         let data = sandbox.data();
         let (base, source) = self.source_of(&data.template, &data.restored_from)?;

@@ -24,6 +24,7 @@ mod pause;
 mod pool;
 mod recover;
 pub mod sandbox;
+mod snapshots;
 mod spare;
 pub mod state;
 pub mod template;
@@ -52,6 +53,7 @@ pub use pause::{TokenChoice, TransitionError};
 use pool::Pool;
 pub use pool::PoolNumbers;
 use sandbox::{Sandbox, State};
+pub use snapshots::SandboxSnapshot;
 use state::Event;
 use template::Template;
 use token::TokenKey;
@@ -106,6 +108,7 @@ pub struct Engine {
     expiries: ttl::Expiries,
     // Snapshots in use by an operation that no sandbox shows yet.
     pinned: Mutex<HashSet<String>>,
+    snapshots: DashMap<String, Arc<SandboxSnapshot>>,
     // Counts claims under way, so that refill can wait for them.
     claims: watch::Sender<u32>,
     tasks: Mutex<JoinSet<()>>,
@@ -201,11 +204,13 @@ impl Engine {
             sandboxes: DashMap::new(),
             expiries: ttl::Expiries::default(),
             pinned: Mutex::new(HashSet::new()),
+            snapshots: DashMap::new(),
             claims: watch::Sender::new(0),
             tasks: Mutex::new(JoinSet::new()),
             started: Instant::now(),
         });
         engine.recover().await?;
+        engine.load_snapshots().await?;
         engine.drop_orphans();
         engine.watch_pager();
         if let Some(network) = engine.network() {

@@ -314,7 +314,7 @@ impl Drop for Pin<'_> {
     }
 }
 
-fn lock(pinned: &Mutex<HashSet<String>>) -> std::sync::MutexGuard<'_, HashSet<String>> {
+pub(super) fn lock(pinned: &Mutex<HashSet<String>>) -> std::sync::MutexGuard<'_, HashSet<String>> {
     pinned.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 

@@ -211,6 +211,7 @@ impl From<CreateError> for ApiError {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "template_not_ready", message)
                     .retry_after(5)
             }
+            CreateError::Snapshot(e) => e.into(),
             CreateError::Restore(e) => e.into(),
             CreateError::Db(e) => e.into(),
         }
@@ -236,18 +237,22 @@ impl From<TransitionError> for ApiError {
             TransitionError::Sandbox(e) => e.into(),
             TransitionError::Restore(e) => e.into(),
             TransitionError::Db(e) => e.into(),
-            TransitionError::Workspace(e @ WorkspaceError::NoTemplate(_)) => {
-                let status = StatusCode::SERVICE_UNAVAILABLE;
-                Self::new(status, "template_not_ready", e.to_string()).retry_after(5)
-            }
-            TransitionError::Workspace(e @ WorkspaceError::Key(_)) => {
-                let status = StatusCode::SERVICE_UNAVAILABLE;
-                Self::new(status, "key_unavailable", e.to_string()).retry_after(5)
-            }
-            TransitionError::Workspace(e) => {
-                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "workspace_failed", e.to_string())
-            }
+            TransitionError::Workspace(e) => e.into(),
         }
+    }
+}
+
+impl From<WorkspaceError> for ApiError {
+    fn from(e: WorkspaceError) -> Self {
+        let (status, code) = match e {
+            WorkspaceError::NoTemplate(_) => {
+                (StatusCode::SERVICE_UNAVAILABLE, "template_not_ready")
+            }
+            WorkspaceError::Key(_) => (StatusCode::SERVICE_UNAVAILABLE, "key_unavailable"),
+            _ => (StatusCode::INTERNAL_SERVER_ERROR, "workspace_failed"),
+        };
+        let error = Self::new(status, code, e.to_string());
+        if status == StatusCode::SERVICE_UNAVAILABLE { error.retry_after(5) } else { error }
     }
 }
 

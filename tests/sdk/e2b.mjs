@@ -166,6 +166,16 @@ scenario('fork', 'a fork has the same files and a life of its own', async () => 
   await clone.kill()
 })
 
+scenario('snapshot', 'a sandbox is made from a snapshot of another', async () => {
+  const name = `snap-${process.pid}`
+  const { snapshotId, names } = await sandbox.createSnapshot({ name })
+  assert.deepEqual(names, [name])
+  const made = await Sandbox.create(name, { timeoutMs: 300_000 })
+  assert.equal(await made.files.read('/tmp/kept'), 'kept')
+  assert.deepEqual([await Sandbox.deleteSnapshot(snapshotId), await Sandbox.deleteSnapshot(snapshotId)], [true, false])
+  await made.kill()
+})
+
 scenario('kill', 'a killed sandbox is gone; a wrong key opens nothing', async () => {
   assert.equal(await sandbox.kill(), true)
   assert.equal(await sandbox.isRunning(), false)

@@ -382,6 +382,31 @@ def fork(t):
 
 
 @scenario
+def snapshots(t):
+    """a snapshot outlives what it was taken of, and others are made from it"""
+    source = Sandbox.create("base", timeout=300, metadata={"test": t.run}, envs={"COLOR": "red"})
+    source.files.write("/tmp/mark", "then")
+    pid = source.commands.run("sleep 3600", background=True, timeout=0).pid
+    taken = source.create_snapshot()
+    source.files.write("/tmp/mark", "later")
+    listed = Sandbox.list_snapshots(sandbox_id=source.sandbox_id).next_items()
+    assert [s.snapshot_id for s in listed] == [taken.snapshot_id], listed
+    assert source.kill()
+    made = [Sandbox.create(taken.snapshot_id, timeout=300) for _ in range(2)]
+    assert len({m.commands.run("cat /etc/machine-id").stdout for m in made}) == 2
+    for sandbox in made:
+        assert sandbox.files.read("/tmp/mark") == "then"
+        assert pid in [p.pid for p in sandbox.commands.list()]
+        assert sandbox.commands.run("echo $COLOR").stdout == "red\n"
+    assert Sandbox.delete_snapshot(taken.snapshot_id) is True
+    assert Sandbox.delete_snapshot(taken.snapshot_id) is False
+    assert made[0].pause() and made[0].connect().files.read("/tmp/mark") == "then"
+    raises(Exception, lambda: Sandbox.create(taken.snapshot_id))
+    for sandbox in made:
+        assert sandbox.kill()
+
+
+@scenario
 def metrics(t):
     """what a sandbox uses can be asked for"""
     (now,) = t.sandbox.get_metrics()

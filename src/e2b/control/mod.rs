@@ -5,12 +5,13 @@ mod body;
 mod create;
 mod list;
 mod metrics;
+mod snapshots;
 mod transitions;
 mod view;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 
 use crate::http::{App, MAX_JSON_BYTES};
 
@@ -28,5 +29,8 @@ pub fn routes() -> Router<App> {
         .route("/sandboxes/{id}/refreshes", post(transitions::refresh))
         .route("/sandboxes/{id}/fork", post(transitions::fork))
         .route("/sandboxes/{id}/metrics", get(metrics::metrics))
+        .route("/sandboxes/{id}/snapshots", post(snapshots::take))
+        .route("/snapshots", get(snapshots::list))
+        .route("/templates/{id}", delete(snapshots::delete))
         .layer(DefaultBodyLimit::max(MAX_JSON_BYTES))
 }

@@ -14,7 +14,7 @@ mod watch;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request, State};
-use axum::http::header;
+use axum::http::{HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -62,17 +62,35 @@ fn is_data_path(path: &str) -> bool {
         || path.starts_with("/filesystem.Filesystem/")
 }
 
-/// Notes which sandbox a host name `49983-ID.DOMAIN` is of. Nothing but the data plane is served
-/// under such a name.
-pub async fn by_host(State(_): State<App>, mut request: Request, next: Next) -> Response {
-    let named = request.headers().get(header::HOST).and_then(|v| v.to_str().ok());
+/// Notes which sandbox a host name `49983-ID.DOMAIN` is of; nothing but the data plane is served
+/// under such a name. A request whose headers name another port of a sandbox gets the host name of
+/// that port, which is [`crate::http::ports`]'s business.
+pub async fn by_host(State(app): State<App>, mut request: Request, next: Next) -> Response {
+    let headers = request.headers();
+    let named = headers.get(header::HOST).and_then(|v| v.to_str().ok());
     let named = named.and_then(|name| host::port_and_id(name, None));
-    if let Some((ENVD_PORT, id)) = named {
+    let host = if let Some((ENVD_PORT, id)) = named {
         if !is_data_path(request.uri().path()) {
             return ApiError::route_not_found().into_response();
         }
         let id = HostSandbox(id.to_owned());
         request.extensions_mut().insert(id);
+        // Nobody further in is to take the name for that of a port of the guest's own.
+        Some("localhost".to_owned())
+    } else {
+        let text = |name| headers.get(name).and_then(|v| v.to_str().ok());
+        let domain = app.domain.as_deref().unwrap_or("localhost");
+        match (text("e2b-sandbox-id"), text("e2b-sandbox-port").map(str::parse)) {
+            (_, None | Some(Ok(ENVD_PORT))) | (None, _) => None,
+            (Some(id), Some(Ok(port))) => Some(format!("{port}-{id}.{domain}")),
+            (Some(_), Some(Err(_))) => {
+                let message = "E2b-Sandbox-Port: not a port, 1 to 65535";
+                return ApiError::malformed(message).into_response();
+            }
+        }
+    };
+    if let Some(host) = host.and_then(|host| HeaderValue::try_from(host).ok()) {
+        request.headers_mut().insert(header::HOST, host);
     }
     next.run(request).await
 }

@@ -4,7 +4,8 @@ use rusqlite::Connection;
 
 use super::DbError;
 
-const VERSIONS: &[&str] = &["
+const VERSIONS: &[&str] = &[
+    "
     CREATE TABLE templates (
         name        TEXT PRIMARY KEY,
         snapshot    TEXT,
@@ -46,7 +47,15 @@ const VERSIONS: &[&str] = &["
         reply       TEXT,
         created_at  INTEGER NOT NULL
     ) STRICT;
-"];
+",
+    "
+    -- JSON: a snapshot of a sandbox, from after it is published until before it is removed.
+    CREATE TABLE snapshots (
+        id          TEXT PRIMARY KEY,
+        snapshot    TEXT NOT NULL
+    ) STRICT;
+",
+];
 
 /// Applies every version that the database does not have yet, each in one transaction.
 pub fn migrate(connection: &mut Connection) -> Result<(), DbError> {

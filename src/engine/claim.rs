@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 use snapshotter::vmm::{MemoryBackend, VmRecord};
 use time::OffsetDateTime;
 use tokio::sync::watch;
+use tracing::Instrument;
 
 use super::Engine;
 use super::db::DbError;
 use super::identity::Owner;
 use super::lifecycle::{self, Reidentified, RestoreError, millis};
 use super::parked::Parked;
+use super::quota::{QuotaError, Size};
 use super::sandbox::{OnTimeout, Origin, Sandbox, SandboxData};
 use super::template::{ReadyTemplate, TemplateState};
 use super::token::AccessToken;
@@ -29,6 +31,8 @@ const PARKED_TRIES: u32 = 3;
 pub struct CreateRequest {
     /// Template name.
     pub template: String,
+    /// Id of the API key that asks.
+    pub owner: Option<String>,
     /// Life time.
     pub timeout: Duration,
     /// What happens when it is over.
@@ -73,6 +77,9 @@ pub enum CreateError {
     /// The snapshot it is to be made from cannot be used.
     #[error(transparent)]
     Snapshot(#[from] WorkspaceError),
+    /// It would be more than the key or the service may have.
+    #[error(transparent)]
+    Quota(#[from] QuotaError),
     /// No VM could be made usable.
     #[error(transparent)]
     Restore(#[from] RestoreError),
@@ -101,21 +108,22 @@ impl Engine {
     /// Makes a sandbox: from the pool, else restored while the caller waits. What was started is
     /// finished or undone also if the caller goes away.
     pub async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<Created, CreateError> {
-        let engine = Arc::clone(self);
-        let name = request.template.clone();
         let snapshot = match self.template(&request.template) {
             Some(_) => None,
             None => self.snapshot(&request.template),
         };
-        let work = match snapshot {
-            Some(snapshot) => {
-                tokio::spawn(async move { engine.create_from(&snapshot, request).await })
-            }
-            None => {
-                let template = self.ready_template(&request.template)?;
-                tokio::spawn(async move { engine.claim(&template, request).await })
+        let name = request.template.clone();
+        let template = self.ready_template(snapshot.as_ref().map_or(&name, |s| &s.template))?;
+        let admission = self.admit(request.owner.as_deref(), Size::of(&template), 1)?;
+        let engine = Arc::clone(self);
+        let work = async move {
+            let _room = admission;
+            match snapshot {
+                Some(snapshot) => engine.create_from(&snapshot, request).await,
+                None => engine.claim(&template, request).await,
             }
         };
+        let work = tokio::spawn(work.in_current_span());
         match work.await {
             Ok(done) => {
                 if done.is_err() {
@@ -260,6 +268,8 @@ impl Engine {
             id: vm.id.clone(),
             template: source.name.clone(),
             origin,
+            owner: request.owner,
+            size: Size::of(source),
             metadata: request.metadata,
             env: request.env,
             created_at: now,
@@ -290,6 +300,7 @@ impl Engine {
         live::changed();
         self.expiries.set(&vm.id, sandbox.ends_at());
         self.watch_sandbox(&sandbox, process);
+        tracing::info!(sandbox = %vm.id, template = %source.name, origin = origin.as_str(), "sandbox made");
         Ok(Created { sandbox, access_token: token.secret })
     }
 

@@ -55,6 +55,15 @@ const VERSIONS: &[&str] = &[
         snapshot    TEXT NOT NULL
     ) STRICT;
 ",
+    "
+    -- JSON: engine::keys::Key. The key itself is kept as its SHA-256 only.
+    CREATE TABLE api_keys (
+        id          TEXT PRIMARY KEY,
+        name        TEXT NOT NULL UNIQUE,
+        digest      BLOB NOT NULL UNIQUE,
+        key         TEXT NOT NULL
+    ) STRICT;
+",
 ];
 
 /// Applies every version that the database does not have yet, each in one transaction.

@@ -111,6 +111,26 @@ pub const ALL: &[Metric] = &[
         &["outcome"],
         "Identities `proven`, or `failed`, which destroyed the VM; should stay 0",
     ),
+    counter("rethaw_port_requests_total", "requests", &[], "Passed on to ports of sandboxes"),
+    gauge(
+        "rethaw_net_slots",
+        "slots",
+        &["state"],
+        "Networks for VMs: `ready` and `used`; absent without networks",
+    ),
+    timer("rethaw_net_slot_prepare_duration_seconds", &[], "Making one such network"),
+    counter(
+        "rethaw_net_packets_total",
+        "packets",
+        &["outcome"],
+        "Of sandboxes, by what became of them; absent without networks",
+    ),
+    counter(
+        "rethaw_net_names_total",
+        "names",
+        &["outcome"],
+        "Looked up by sandboxes: `answered`, `refused` by their policy, or `failed`",
+    ),
     gauge("rethaw_templates", "templates", &["state"], "There now"),
     gauge("rethaw_template_disk_bytes", "bytes", &["template"], "Taken on disk by its snapshot"),
     counter(
@@ -120,6 +140,8 @@ pub const ALL: &[Metric] = &[
         "Demand faults, by what answered them",
     ),
     timer(FAULT_DURATION, &[], "From a fault being read to being answered, in powers of two"),
+    counter("rethaw_uffd_write_faults_total", "faults", &[], "Of those, writes"),
+    counter("rethaw_uffd_parked_faults_total", "faults", &[], "That had to be tried again"),
     counter("rethaw_uffd_removes_total", "ranges", &[], "Given back by VMMs"),
     counter("rethaw_uffd_copied_bytes_total", "bytes", &[], "Put into guests"),
     counter(
@@ -128,6 +150,19 @@ pub const ALL: &[Metric] = &[
         &[],
         "Put in place before they were asked for",
     ),
+    counter(
+        "rethaw_uffd_prefetched_zero_pages_total",
+        "pages",
+        &[],
+        "Of zeros, put in place before they were asked for",
+    ),
+    counter(
+        "rethaw_uffd_graduated_pages_total",
+        "pages",
+        &[],
+        "Put in place so that a VM needs no page server any more",
+    ),
+    counter("rethaw_vms_graduated_total", "VMs", &[], "That need no page server any more"),
     counter(
         "rethaw_uffd_working_set_late_total",
         "faults",
@@ -196,6 +231,7 @@ pub fn describe() {
     let closed = [
         ("rethaw_identity_total", "outcome", &["proven", "failed"][..]),
         ("rethaw_vms_recovered_total", "outcome", &["serving", "lost"]),
+        ("rethaw_net_names_total", "outcome", &["answered", "refused", "failed"]),
         ("rethaw_sandboxes_gone_total", "reason", &["deleted", "expired", "vm_died", "shutdown"]),
     ];
     for (name, label, values) in closed {

@@ -120,7 +120,7 @@ impl GuestImage {
         mut progress: impl FnMut(&str) + Send,
     ) -> Result<Self, ImageError> {
         let memo = memo_path(home, agent, flavor)?;
-        if let Some(image) = remembered(&memo) {
+        if let Some(image) = remembered(home, &memo) {
             progress("image: known");
             return Ok(image);
         }
@@ -175,7 +175,7 @@ impl GuestImage {
         let dir =
             tokio::time::timeout(BUILD_DEADLINE, run).await.map_err(|_| ImageError::Timeout)??;
         let image = Self::open(Path::new(dir.trim()))?;
-        remember(&memo, dir.trim())?;
+        remember(&memo, &image.key)?;
         Ok(image)
     }
 }
@@ -197,17 +197,19 @@ fn memo_path(home: &Path, agent: &Path, flavor: Flavor) -> std::io::Result<PathB
     Ok(home.join("images").join(format!("memo-{}", &key[..32])))
 }
 
-fn remembered(memo: &Path) -> Option<GuestImage> {
+// A key and no path: several homes may share one folder of images, each under its own name.
+fn remembered(home: &Path, memo: &Path) -> Option<GuestImage> {
     let age = std::fs::metadata(memo).ok()?.modified().ok()?.elapsed().ok()?;
     if age > MEMO_AGE {
         return None;
     }
-    GuestImage::open(Path::new(std::fs::read_to_string(memo).ok()?.trim())).ok()
+    let key = std::fs::read_to_string(memo).ok()?;
+    GuestImage::open(&home.join("images").join(key.trim())).ok()
 }
 
-fn remember(memo: &Path, dir: &str) -> std::io::Result<()> {
+fn remember(memo: &Path, key: &str) -> std::io::Result<()> {
     let tmp = memo.with_extension("tmp");
-    std::fs::write(&tmp, dir)?;
+    std::fs::write(&tmp, key)?;
     std::fs::rename(&tmp, memo)
 }
 

@@ -31,15 +31,11 @@ pub const COUNTERS: &[&str] = &["host", "between"];
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Note {
     /// The network namespace that the changes are in.
-<<<<<<< HEAD
-    namespace: u64,
-=======
     #[serde(default)]
     namespace: u64,
     /// The table's name.
     #[serde(default)]
     table: String,
->>>>>>> net
     /// The slots' network: VMs that outlive the service have addresses in it.
     network: Option<Ipv4Addr>,
     /// Whether slots have IPv6.
@@ -269,11 +265,7 @@ impl Host {
     }
 }
 
-<<<<<<< HEAD
-/// What other services in this network namespace have noted.
-=======
 /// What other services in this network namespace have noted: those whose tables are here.
->>>>>>> net
 fn others(own: &Path) -> Vec<Note> {
     let Ok(mut netlink) = nft::open() else { return Vec::new() };
     let files = own.parent().into_iter().flat_map(fs::read_dir).flatten().flatten();
@@ -282,10 +274,7 @@ fn others(own: &Path) -> Vec<Note> {
         .filter(|path| path != own && path.to_string_lossy().ends_with(NOTE))
         .filter_map(|path| Note::read(&path).ok())
         .filter(|note| namespace().is_ok_and(|here| here == note.namespace))
-<<<<<<< HEAD
-=======
         .filter(|note| nft::has_table(&mut netlink, &note.table).unwrap_or(true))
->>>>>>> net
         .collect()
 }
 

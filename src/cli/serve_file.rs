@@ -11,6 +11,7 @@
 //! # or: key_command = "/usr/local/bin/kms-wrap --key rethaw"
 //! file_backed = ["base"]  # templates whose clones map the memory file
 //! graduate_after_seconds = 3600
+//! disk_budget_mib = 20000
 //!
 //! [network]
 //! mode = "auto"           # auto, on, off
@@ -55,6 +56,8 @@ pub struct ServeFile {
     /// Networks of sandboxes.
     #[serde(default)]
     pub network: NetworkArgs,
+    /// What the store may take on disk.
+    pub disk_budget_mib: Option<u64>,
 }
 
 /// Why a file cannot be used.

@@ -97,10 +97,15 @@ impl Engine {
     /// Makes a sandbox: from the pool, else restored while the caller waits. What was started is
     /// finished or undone also if the caller goes away.
     pub async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<Created, CreateError> {
-        let template = self.ready_template(&request.template)?;
         let engine = Arc::clone(self);
-        let name = template.name.clone();
-        let work = tokio::spawn(async move { engine.claim(&template, request).await });
+        let name = request.template.clone();
+        let work = tokio::spawn(async move {
+            let template = engine.ready_template(&request.template)?;
+            // A template that is being deleted sees this, or is not found any more; see there.
+            let _pin = engine.pin(&template.snapshot);
+            engine.ready_template(&request.template)?;
+            Arc::clone(&engine).claim(&template, request).await
+        });
         match work.await {
             Ok(done) => {
                 if done.is_err() {
@@ -128,8 +133,11 @@ impl Engine {
     async fn claim(
         self: Arc<Self>,
         template: &Arc<ReadyTemplate>,
-        request: CreateRequest,
+        mut request: CreateRequest,
     ) -> Result<Created, CreateError> {
+        for (name, value) in &template.manifest.env {
+            request.env.entry(name.clone()).or_insert_with(|| value.clone());
+        }
         let under_way = UnderWay::new(&self.claims);
         let started = Instant::now();
         let owner = Owner {
@@ -177,6 +185,9 @@ impl Engine {
             .record(elapsed.as_secs_f64());
         let warm = matches!(origin, Origin::Warm);
         live::took(if warm { Series::Warm } else { Series::Cold }, elapsed);
+        if let Some(template) = self.template(&template.name) {
+            self.touch(&template);
+        }
         Ok(created)
     }
 

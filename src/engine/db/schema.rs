@@ -4,7 +4,8 @@ use rusqlite::Connection;
 
 use super::DbError;
 
-const VERSIONS: &[&str] = &["
+const VERSIONS: &[&str] = &[
+    "
     CREATE TABLE templates (
         name        TEXT PRIMARY KEY,
         snapshot    TEXT,
@@ -46,7 +47,13 @@ const VERSIONS: &[&str] = &["
         reply       TEXT,
         created_at  INTEGER NOT NULL
     ) STRICT;
-"];
+",
+    "
+    -- JSON: which step of a build failed, and how.
+    ALTER TABLE templates ADD COLUMN failure TEXT;
+    ALTER TABLE templates ADD COLUMN attempts INTEGER NOT NULL DEFAULT 0;
+",
+];
 
 /// Applies every version that the database does not have yet, each in one transaction.
 pub fn migrate(connection: &mut Connection) -> Result<(), DbError> {

@@ -102,6 +102,14 @@ class Client:
             raise CallFailed(f"{method} {path}", reply.status, text.decode(errors="replace"))
         return (json.loads(text) if text else None), took
 
+    def send(self, method, path, data, headers=None):
+        """Bytes, whatever they are."""
+        self.connection.request(method, path, data, {**self.headers, **(headers or {})})
+        reply = self.connection.getresponse()
+        text = reply.read()
+        if reply.status >= 400:
+            raise CallFailed(f"{method} {path}", reply.status, text.decode(errors="replace"))
+
     def create(self, template="base", **more):
         return self.call("POST", "/v1/sandboxes", {"template": template, **more})
 

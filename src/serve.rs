@@ -106,6 +106,7 @@ async fn serve(
         file_backed: options.file_backed.clone(),
         working_sets: options.working_sets,
         graduate_after: options.graduate_after_seconds.map(Duration::from_secs),
+        disk_budget_bytes: options.disk_budget_bytes,
     };
     let domain = options.network.domain.clone();
     let network = start_network(home, options.network.clone()).await?;

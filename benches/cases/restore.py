@@ -49,7 +49,7 @@ def growth_memory(run):
         rows.append({"memory_mib": mib, "restore_p50_ms": percentile(times, 50),
                      "restore_p90_ms": percentile(times, 90),
                      "load_mean_ms": statistics.mean(s["timings_ms"]["load"] for s in sandboxes),
-                     "snapshot_real_mib": template["snapshot"]["size_bytes"]["real"] >> 20})
+                     "snapshot_real_mib": template["snapshot"]["allocated_bytes"] >> 20})
     run.stop()
     run.report.rows("growth-memory", growth_memory.__doc__, rows)
 

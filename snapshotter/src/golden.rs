@@ -137,6 +137,8 @@ pub async fn freeze(
         memory_layers: Vec::new(),
         disk_layers: Vec::new(),
         key: None,
+        template: true,
+        env: Default::default(),
         boot: Some(timings),
         frozen_identity: FrozenIdentity::default(),
     };

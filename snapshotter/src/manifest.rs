@@ -31,6 +31,9 @@ pub const SCRATCH: &str = "scratch.img";
 /// This crate's snapshot format. A snapshot of another format is refused.
 pub const FORMAT: u32 = 2;
 
+/// Snapshots that one snapshot can stand on, one on the other.
+pub const MAX_CHAIN: usize = 16;
+
 /// One file of a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileEntry {
@@ -92,6 +95,12 @@ pub struct Manifest {
     /// Name of the key that device state, memory and disk are encrypted with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
+    /// Sandboxes are made from it: it stays when none of them is left.
+    #[serde(default)]
+    pub template: bool,
+    /// Variables that its sandboxes have.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
     /// Boot times, for a golden VM.
     pub boot: Option<BootTimings>,
     /// The identity the guest had at that instant; no clone may keep it.
@@ -142,6 +151,12 @@ pub enum ManifestError {
         /// Each difference.
         differences: Vec<String>,
     },
+    /// What it stands on never ends.
+    #[error("snapshot {id} stands on more than {MAX_CHAIN} others")]
+    Chain {
+        /// The snapshot.
+        id: String,
+    },
     /// A file is missing or has another length.
     #[error("snapshot {id}: file {file} {problem}")]
     File {
@@ -155,6 +170,16 @@ pub enum ManifestError {
 }
 
 impl Manifest {
+    /// Whether it is a template's, and not a user's machine. One that stands on nothing always is.
+    pub fn is_template(&self) -> bool {
+        self.template || self.parent.is_none()
+    }
+
+    /// Bytes its own files really take.
+    pub fn allocated_bytes(&self) -> u64 {
+        self.files.values().map(|f| f.allocated_bytes).sum()
+    }
+
     /// Reads a snapshot directory's manifest.
     pub fn read(dir: &Path) -> Result<Self, ManifestError> {
         let path = dir.join(MANIFEST);

@@ -11,7 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::disk;
-use crate::manifest::{FileEntry, MANIFEST, Manifest, ManifestError};
+use crate::manifest::{FileEntry, MANIFEST, MAX_CHAIN, Manifest, ManifestError};
 
 /// The store.
 #[derive(Debug, Clone)]
@@ -60,6 +60,19 @@ impl Store {
     /// Reads the manifest of a published snapshot.
     pub fn manifest(&self, id: &str) -> Result<Manifest, ManifestError> {
         Manifest::read(&self.dir(id))
+    }
+
+    /// The manifests of a snapshot and of all it stands on, bottom first.
+    pub fn chain(&self, id: &str) -> Result<Vec<Manifest>, ManifestError> {
+        let mut chain = vec![self.manifest(id)?];
+        while let Some(parent) = chain.last().and_then(|top| top.parent.clone()) {
+            if chain.len() > MAX_CHAIN {
+                return Err(ManifestError::Chain { id: id.to_owned() });
+            }
+            chain.push(self.manifest(&parent)?);
+        }
+        chain.reverse();
+        Ok(chain)
     }
 
     /// Ids of all published snapshots.

@@ -10,6 +10,7 @@ mod cp;
 mod env;
 mod exec;
 mod fork;
+mod gc;
 pub mod home;
 mod human;
 mod key;
@@ -122,6 +123,8 @@ Exit code 1 when the service could not run here.")]
     Rm(rm::RmArgs),
     /// Make, list and remove templates
     Template(template::TemplateArgs),
+    /// Remove what no template and no sandbox needs
+    Gc(gc::GcArgs),
     /// Show and size the pools of warm VMs
     Pool(pool::PoolArgs),
     /// Watch sandboxes, pools and latencies
@@ -209,6 +212,7 @@ async fn talk(global: &Global, command: Command) -> anyhow::Result<ExitCode> {
         Command::Pool(args) => pool::run(&cx, args).await,
         Command::Top(args) => top::run(&cx, args).await,
         Command::Key(args) => key::run(&cx, args).await,
+        Command::Gc(args) => gc::run(&cx, args).await,
         Command::VerifyIdentity(args) => verify_identity::run(&cx, args).await,
         Command::Serve(_)
         | Command::Doctor

@@ -72,6 +72,8 @@ pub struct ServeOptions {
     pub graduate_after_seconds: Option<u64>,
     /// Networks of sandboxes.
     pub network: NetworkArgs,
+    /// What snapshots and uploads may take on disk; as much as there is when absent.
+    pub disk_budget_bytes: Option<u64>,
 }
 
 /// Which VMM the service uses.
@@ -167,6 +169,10 @@ pub struct ServeArgs {
     /// server; every page then costs memory [default: never]
     #[arg(long, env = "RETHAW_GRADUATE_AFTER_SECONDS", value_name = "SECONDS")]
     pub graduate_after_seconds: Option<u64>,
+
+    /// What templates, paused sandboxes and uploads may take on disk, in MiB [default: no limit]
+    #[arg(long, env = "RETHAW_DISK_BUDGET_MIB", value_name = "MIB")]
+    pub disk_budget_mib: Option<u64>,
 
     /// TOML file with the same settings and more; docs/operations.md describes it
     #[arg(long, env = "RETHAW_CONFIG", value_name = "FILE")]
@@ -275,6 +281,10 @@ impl ServeArgs {
             working_sets: !self.no_working_sets,
             graduate_after_seconds: self.graduate_after_seconds.or(file.graduate_after_seconds),
             network: self.network.or(file.network),
+            disk_budget_bytes: self
+                .disk_budget_mib
+                .or(file.disk_budget_mib)
+                .map(|mib| mib.saturating_mul(1 << 20)),
         })
     }
 }

@@ -49,6 +49,8 @@ pub struct ServeFile {
     /// Networks of sandboxes.
     #[serde(default)]
     pub network: NetworkArgs,
+    /// What the store may take on disk.
+    pub disk_budget_mib: Option<u64>,
     /// Sandboxes outlive a stop of the service.
     pub keep_vms: Option<bool>,
 }

@@ -2,24 +2,19 @@
 //! snapshot and records its working set, and only then publication.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use guest_agent::client::AgentError;
-use guest_agent::wire::{ExecFrame, ExecRequest};
 use sha2::{Digest, Sha256};
 use snapshotter::golden::{self, BakeError, GoldenSpec, Step};
 use snapshotter::image::{GuestImage, ImageError};
-use snapshotter::manifest::{FORMAT, Manifest, ManifestError, WORKING_SET};
+use snapshotter::manifest::{FORMAT, Manifest, ManifestError};
 
-use super::db::{DbError, TemplateRow};
-use super::lifecycle::{self, RestoreError, RunDir};
+use super::build::BuildLog;
+use super::lifecycle::RunDir;
 use super::template::{BASE, ReadyTemplate, Template, TemplateState};
+use super::trial::TrialError;
 use super::workspace::WorkspaceError;
-use super::{Engine, ids, lint};
-
-/// What a clone is expected to do first; its pages are the working set.
-const FIRST_COMMANDS: &[&[&str]] = &[&["/bin/true"], &["python3", "-c", "print(6 * 7)"]];
-const FIRST_COMMAND_DEADLINE: Duration = Duration::from_secs(60);
+use super::{Engine, ids};
 
 /// Why `base` could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -28,52 +23,45 @@ enum BaseError {
     Image(#[from] ImageError),
     #[error(transparent)]
     Bake(#[from] BakeError),
-    #[error("trial restore: {0}")]
-    Trial(#[from] RestoreError),
-    #[error("trial command {command:?}: {problem}")]
-    TrialCommand { command: &'static str, problem: String },
     #[error(transparent)]
-    Lint(#[from] lint::LintError),
-    #[error("working set: {0}")]
-    WorkingSet(String),
+    Trial(#[from] TrialError),
     #[error(transparent)]
     Publish(#[from] WorkspaceError),
     #[error(transparent)]
     Manifest(#[from] ManifestError),
-    #[error(transparent)]
-    Db(#[from] DbError),
     #[error("VM directory: {0}")]
     RunDir(std::io::Error),
 }
 
 impl Engine {
+    /// Lists `base`, which is yet to be made.
+    pub(super) fn add_base(&self) -> Arc<Template> {
+        let log = BuildLog::ended(&self.config.home.join("builds").join("base.ndjson"));
+        let base = Template::queued(BASE, None, time::OffsetDateTime::now_utc(), log);
+        let base = Arc::new(base);
+        self.templates.insert(BASE.to_owned(), Arc::clone(&base));
+        base
+    }
+
     /// Sees to it that `base` is ready and has a pool. A failure is kept in the template's status,
     /// where `/readyz` and the API show it.
-    pub(super) async fn ensure_base(self: Arc<Self>) {
-        let template = Arc::new(Template::queued(BASE));
-        self.templates.insert(BASE.to_owned(), Arc::clone(&template));
+    pub(super) async fn ensure_base(self: Arc<Self>, template: Arc<Template>) {
         let started = Instant::now();
-        match self.make_base(&template).await {
+        let made = self.make_base(&template).await;
+        match made {
             Ok(ready) => {
                 tracing::info!(snapshot = %ready.snapshot, took = ?started.elapsed(), "base is ready");
-                template.update(|s| {
-                    s.state = TemplateState::Ready;
-                    s.message = "ready".to_owned();
-                    s.ready = Some(Arc::clone(&ready));
-                });
+                template.set_ready(Arc::clone(&ready), false);
                 if let Err(e) = self.open_pool(ready).await {
                     tracing::error!("pool of base: {e}");
                 }
             }
             Err(e) => {
                 tracing::error!("base cannot be made: {e}");
-                template.update(|s| {
-                    s.state = TemplateState::Failed;
-                    s.error = Some(e.to_string());
-                });
+                template.set_failed(e.to_string(), None);
             }
         }
-        if let Err(e) = self.note_template(&template).await {
+        if let Err(e) = self.note_template(&template, 0).await {
             tracing::error!("{e}");
         }
     }
@@ -148,79 +136,9 @@ impl Engine {
         let (draft, manifest) = frozen?;
         drop(run_dir);
         template.update(|s| s.message = "trying the snapshot".to_owned());
-        self.trial(draft.dir(), &manifest, image).await?;
+        let rootfs = image.rootfs.clone();
+        let unpublished = ReadyTemplate::new(BASE, draft.dir(), manifest.clone(), rootfs);
+        self.trial(&unpublished, draft.dir(), None).await?;
         Ok(self.publish(draft, manifest).await?)
-    }
-
-    /// Restores the unpublished snapshot once, runs what users run first, and keeps the pages that
-    /// took as the working set.
-    async fn trial(
-        &self,
-        draft: &std::path::Path,
-        manifest: &Manifest,
-        image: &GuestImage,
-    ) -> Result<(), BaseError> {
-        let mut trial = ReadyTemplate::new(BASE, draft, manifest.clone(), image.rootfs.clone());
-        trial.memory = golden::memory_plan(draft, true);
-        let vm = lifecycle::restore(&self.context, &trial, None).await?;
-        let id = vm.id.clone();
-        let recorded = async {
-            for argv in FIRST_COMMANDS {
-                self.trial_command(&vm, argv).await?;
-            }
-            let set = self.pager.recording(&id);
-            let set = set.map_err(|e| BaseError::WorkingSet(e.to_string()))?;
-            let saved = set.save(&draft.join(WORKING_SET));
-            saved.map_err(|e| BaseError::WorkingSet(e.to_string()))?;
-            // After the recording: no clone does this first.
-            Ok(lint::check(&vm.machine.agent).await?)
-        };
-        let recorded = recorded.await;
-        vm.machine.destroy().await;
-        self.context.db.vm_gone(&id).await?;
-        recorded
-    }
-
-    async fn trial_command(
-        &self,
-        vm: &lifecycle::Reidentified,
-        argv: &'static [&'static str],
-    ) -> Result<(), BaseError> {
-        let problem = |problem: String| BaseError::TrialCommand { command: argv[0], problem };
-        let request = ExecRequest {
-            argv: argv.iter().map(|a| (*a).to_owned()).collect(),
-            ..ExecRequest::default()
-        };
-        let run = async {
-            let mut stream = vm.machine.agent.exec(&request, FIRST_COMMAND_DEADLINE).await?;
-            loop {
-                match stream.next_frame().await? {
-                    Some(ExecFrame::Exit(exit)) if exit.code == 0 => return Ok(Ok(())),
-                    Some(ExecFrame::Exit(exit)) => return Ok(Err(format!("exit {}", exit.code))),
-                    Some(ExecFrame::Error(e)) => return Ok(Err(e.message)),
-                    Some(_) => {}
-                    None => return Ok(Err("ended without an exit".to_owned())),
-                }
-            }
-        };
-        match tokio::time::timeout(FIRST_COMMAND_DEADLINE, run).await {
-            Err(_) => Err(problem("no end in time".to_owned())),
-            Ok(Err::<Result<(), String>, AgentError>(e)) => Err(problem(e.to_string())),
-            Ok(Ok(done)) => done.map_err(problem),
-        }
-    }
-
-    async fn note_template(&self, template: &Template) -> Result<(), DbError> {
-        let status = template.status();
-        let format = &time::format_description::well_known::Rfc3339;
-        let row = TemplateRow {
-            name: template.name.clone(),
-            snapshot: status.ready.map(|r| r.snapshot.clone()),
-            state: status.state.as_str().to_owned(),
-            spec: "{}".to_owned(),
-            error: status.error,
-            created_at: template.created_at.format(format).unwrap_or_default(),
-        };
-        self.context.db.template_put(row).await
     }
 }

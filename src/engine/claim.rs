@@ -118,9 +118,12 @@ impl Engine {
         let engine = Arc::clone(self);
         let work = async move {
             let _room = admission;
+            // A template that is being deleted sees this, or is not found any more; see there.
+            let _pin = engine.pin(&template.snapshot);
+            engine.ready_template(&template.name)?;
             match snapshot {
                 Some(snapshot) => engine.create_from(&snapshot, request).await,
-                None => engine.claim(&template, request).await,
+                None => Arc::clone(&engine).claim(&template, request).await,
             }
         };
         let work = tokio::spawn(work.in_current_span());
@@ -151,8 +154,11 @@ impl Engine {
     async fn claim(
         self: Arc<Self>,
         template: &Arc<ReadyTemplate>,
-        request: CreateRequest,
+        mut request: CreateRequest,
     ) -> Result<Created, CreateError> {
+        for (name, value) in &template.manifest.env {
+            request.env.entry(name.clone()).or_insert_with(|| value.clone());
+        }
         let under_way = UnderWay::new(&self.claims);
         let started = Instant::now();
         let owner = Owner {
@@ -200,6 +206,9 @@ impl Engine {
             .record(elapsed.as_secs_f64());
         let warm = matches!(origin, Origin::Warm);
         live::took(if warm { Series::Warm } else { Series::Cold }, elapsed);
+        if let Some(template) = self.template(&template.name) {
+            self.touch(&template);
+        }
         Ok(created)
     }
 

@@ -12,13 +12,13 @@ use tracing::Instrument;
 use super::Engine;
 use super::claim::{CreateError, CreateRequest, Created};
 use super::identity::Owner;
+use super::ids;
 use super::lifecycle;
 use super::pause::{TransitionError, machine_of};
 use super::quota::Size;
 use super::sandbox::{Origin, Sandbox};
 use super::state::Event;
 use super::template::ReadyTemplate;
-use super::ids;
 use crate::failpoint;
 
 impl Engine {

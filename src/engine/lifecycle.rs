@@ -187,6 +187,14 @@ impl Machine {
         self.vm.kill().await;
     }
 
+    /// Closes the connection to the agent; whoever gets the parts has to kill the VM before the
+    /// directory and the network go.
+    pub fn disconnect(self) -> (Arc<dyn Vm>, RunDir, Option<Lease>) {
+        let Self { vm, agent, dir, network } = self;
+        drop(agent);
+        (vm, dir, network)
+    }
+
     /// Lets the VM outlive this process.
     pub fn leave_running(mut self) {
         self.vm.leave_running();

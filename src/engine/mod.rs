@@ -11,11 +11,15 @@
 //! [`Engine`] are what the API calls.
 
 mod bake;
+pub mod budget;
+pub mod build;
 mod claim;
 pub mod db;
 mod fork;
+pub mod gc;
 pub mod identity;
 pub mod ids;
+pub mod inputs;
 pub mod keyring;
 pub mod keys;
 pub mod lifecycle;
@@ -30,11 +34,13 @@ mod snapshots;
 mod spare;
 pub mod state;
 pub mod template;
+pub mod templates;
 mod token;
+mod trial;
 mod ttl;
 mod workspace;
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -43,13 +49,14 @@ use dashmap::DashMap;
 use snapshotter::image::Flavor;
 use snapshotter::store::Store;
 use snapshotter::vmm::{Driver, MachineSize};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tracing::Instrument;
 use uffd_handler::supervisor::Supervisor;
 
 pub use claim::{CreateError, CreateRequest};
 use db::{Db, DbError};
+use inputs::Inputs;
 use keyring::Keyring;
 use keys::{Account, Keys, Quotas};
 use lifecycle::RestoreContext;
@@ -59,14 +66,14 @@ pub use pool::PoolNumbers;
 use sandbox::{Sandbox, State};
 pub use snapshots::SandboxSnapshot;
 use state::Event;
-use template::Template;
+use template::{BASE, Template};
 use token::TokenKey;
+pub use workspace::WorkspaceError;
 
 use crate::failpoint;
 use crate::live;
 use crate::net::Network;
 use crate::net::policy::Policy;
-pub use workspace::WorkspaceError;
 
 /// What the engine needs to start.
 #[derive(Debug, Clone)]
@@ -97,6 +104,8 @@ pub struct EngineConfig {
     pub graduate_after: Option<Duration>,
     /// How much all sandboxes together may have.
     pub limits: Quotas,
+    /// What snapshots and uploads may take on disk; `None` for as much as there is.
+    pub disk_budget_bytes: Option<u64>,
 }
 
 /// Where VM directories are.
@@ -109,6 +118,7 @@ pub fn run_dir(home: &Path) -> PathBuf {
 pub struct Engine {
     config: EngineConfig,
     store: Store,
+    inputs: Inputs,
     pager: Arc<Supervisor>,
     tokens: TokenKey,
     context: RestoreContext,
@@ -119,9 +129,13 @@ pub struct Engine {
     // All sandboxes together, as far as quotas go.
     limits: Arc<Account>,
     expiries: ttl::Expiries,
-    // Snapshots in use by an operation that no sandbox shows yet.
-    pinned: Mutex<HashSet<String>>,
+    // Snapshots in use by operations that no sandbox shows yet, and by how many.
+    pinned: Mutex<HashMap<String, u32>>,
     snapshots: DashMap<String, Arc<SandboxSnapshot>>,
+    // One build at a time: they share the host with everybody's sandboxes.
+    build_slot: Semaphore,
+    // Held by what adds or removes templates.
+    template_changes: tokio::sync::Mutex<()>,
     // Counts claims under way, so that refill can wait for them.
     claims: watch::Sender<u32>,
     tasks: Mutex<JoinSet<()>>,
@@ -193,6 +207,7 @@ impl Engine {
             move |source| StartError::Directory { path, source }
         };
         let store = Store::open(&config.home).map_err(dir(&config.home))?;
+        let inputs = Inputs::open(&config.home).map_err(dir(&config.home))?;
         let run = run_dir(&config.home);
         std::fs::create_dir_all(&run).map_err(dir(&run))?;
         let db = Db::open(&config.home.join("state.db"))?;
@@ -215,13 +230,16 @@ impl Engine {
             },
             config,
             store,
+            inputs,
             pager,
             templates: DashMap::new(),
             pools: DashMap::new(),
             sandboxes: DashMap::new(),
             expiries: ttl::Expiries::default(),
-            pinned: Mutex::new(HashSet::new()),
+            pinned: Mutex::new(HashMap::new()),
             snapshots: DashMap::new(),
+            build_slot: Semaphore::new(1),
+            template_changes: tokio::sync::Mutex::new(()),
             claims: watch::Sender::new(0),
             tasks: Mutex::new(JoinSet::new()),
             started: Instant::now(),
@@ -235,8 +253,10 @@ impl Engine {
         }
         let ttl = Arc::clone(&engine);
         engine.spawn(async move { ttl.expire_sandboxes().await });
-        let base = Arc::clone(&engine);
-        engine.spawn(async move { base.ensure_base().await });
+        let base = engine.add_base();
+        engine.load_templates().await?;
+        let baking = Arc::clone(&engine);
+        engine.spawn(async move { baking.ensure_base(base).await });
         Ok(engine)
     }
 
@@ -271,6 +291,11 @@ impl Engine {
     /// Networks of VMs, where they can be made.
     pub fn network(&self) -> Option<&Arc<Network>> {
         self.context.network.as_ref()
+    }
+
+    /// Uploaded archives.
+    pub fn inputs(&self) -> &Inputs {
+        &self.inputs
     }
 
     /// The page server's supervisor.
@@ -336,9 +361,12 @@ impl Engine {
         ready: Arc<template::ReadyTemplate>,
     ) -> Result<(), DbError> {
         let target = self.context.db.pool_target(&ready.name).await?;
+        // A parked VM costs memory, and any number of templates can be derived: one VM each, unless
+        // an operator wants more.
+        let most = if ready.name == BASE { u32::MAX } else { 1 };
         let target = target
             .or_else(|| self.config.pool_targets.get(&ready.name).copied())
-            .unwrap_or(self.config.default_pool_target);
+            .unwrap_or(self.config.default_pool_target.min(most));
         let name = ready.name.clone();
         let pool = Pool::new(ready, self.context.clone(), target, self.claims.subscribe());
         self.pools.insert(name, Arc::clone(&pool));
@@ -517,6 +545,9 @@ impl Engine {
     }
 
     async fn end_tasks(&self) {
+        for template in self.templates() {
+            template.cancel.cancel();
+        }
         for pool in &self.pools {
             pool.close();
         }

@@ -42,6 +42,7 @@ pub struct Pool {
     restoring: AtomicU32,
     misses: AtomicU64,
     closed: AtomicBool,
+    ended: watch::Sender<bool>,
     last_taken: Mutex<Option<Instant>>,
     ready: Mutex<VecDeque<Entry>>,
     wake: Notify,
@@ -78,6 +79,7 @@ impl Pool {
             restoring: AtomicU32::new(0),
             misses: AtomicU64::new(0),
             closed: AtomicBool::new(false),
+            ended: watch::Sender::new(false),
             last_taken: Mutex::new(None),
             ready: Mutex::new(VecDeque::new()),
             wake: Notify::new(),
@@ -147,6 +149,12 @@ impl Pool {
     pub async fn run(self: Arc<Self>) {
         let spare = self.spare.keep(&self.context, &self.template, self.claims.clone());
         tokio::join!(self.refill(), spare);
+        let _ = self.ended.send_replace(true);
+    }
+
+    /// Resolves when [`Pool::run`] has ended.
+    pub async fn ended(&self) {
+        let _ = self.ended.subscribe().wait_for(|ended| *ended).await;
     }
 
     async fn refill(self: &Arc<Self>) {

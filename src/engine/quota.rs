@@ -203,7 +203,7 @@ impl Engine {
             }
             let of = (!Arc::ptr_eq(&account, &self.limits)).then_some(account.key.id.as_str());
             let mut reserved = account.reserved.lock().unwrap_or_else(PoisonError::into_inner);
-            let (used, first_end) = self.usage(of);
+            let (used, first_end) = self.taken(of);
             check(&account, used.plus(*reserved), size, first_end)?;
             *reserved = reserved.plus(size);
             drop(reserved);
@@ -213,7 +213,7 @@ impl Engine {
     }
 
     /// What a key's sandboxes take, or all of them, and when the first one's time is up.
-    fn usage(&self, owner: Option<&str>) -> (Size, Option<OffsetDateTime>) {
+    fn taken(&self, owner: Option<&str>) -> (Size, Option<OffsetDateTime>) {
         let (mut used, mut first_end) = (Size::default(), None);
         for sandbox in &self.sandboxes {
             let paused = sandbox.state() == State::Paused;

@@ -15,7 +15,7 @@ use super::identity::Owner;
 use super::lifecycle;
 use super::pause::TransitionError;
 use super::sandbox::{Origin, Sandbox};
-use super::workspace::lock;
+use super::workspace::release;
 
 /// A snapshot of a sandbox.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -77,13 +77,13 @@ impl Engine {
 
     /// Nobody needs to refer to it for its files to stay.
     fn keep_snapshot(&self, snapshot: &Arc<SandboxSnapshot>) {
-        lock(&self.pinned).insert(snapshot.id.clone());
+        self.hold(&snapshot.id);
         self.snapshots.insert(snapshot.id.clone(), Arc::clone(snapshot));
     }
 
     fn forget_snapshot(&self, id: &str) {
         self.snapshots.remove(id);
-        lock(&self.pinned).remove(id);
+        release(&self.pinned, id);
         self.drop_workspace(id);
     }
 

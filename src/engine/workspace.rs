@@ -9,7 +9,7 @@
 //! fork. Deltas below that were written with another key are merged into the new ones instead of
 //! linked, so that destroying one key takes just what belongs to it.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -17,15 +17,14 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use snapshotter::delta::{self, DeltaError};
-use snapshotter::manifest::{
-    DELTA, DISK_DELTA, FORMAT, FileEntry, Manifest, ManifestError, SCRATCH, VMSTATE,
-};
+use snapshotter::manifest::{DELTA, DISK_DELTA, FORMAT, FileEntry, Manifest, ManifestError};
 use snapshotter::store::{Draft, PublishError};
 use snapshotter::vmm::VmmError;
 use uffd_handler::seal::Key;
 use uffd_handler::source::{LayerFiles, MemoryLayers};
 
 use super::Engine;
+use super::budget::{NoRoom, allocated_bytes};
 use super::keyring::{Keyring, KeyringError};
 use super::lifecycle::{Machine, Timings, millis};
 use super::sandbox::SandboxData;
@@ -52,6 +51,9 @@ pub enum WorkspaceError {
     /// The snapshot does not fit or is damaged.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
+    /// There is no room for it.
+    #[error(transparent)]
+    NoRoom(#[from] NoRoom),
     /// A file.
     #[error("{what} {path:?}: {source}")]
     File {
@@ -62,18 +64,18 @@ pub enum WorkspaceError {
         /// What happened.
         source: std::io::Error,
     },
-    /// Its template is not there, or not yet: after a start it may still be on its way.
-    #[error("template {0:?} of the snapshot is not ready")]
-    NoTemplate(String),
 }
 
-fn file(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> WorkspaceError {
+pub(super) fn file(
+    what: &'static str,
+    path: &Path,
+) -> impl FnOnce(std::io::Error) -> WorkspaceError {
     let path = path.to_owned();
     move |source| WorkspaceError::File { what, path, source }
 }
 
 /// Waits for work on a thread that may block.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(done) => done,
         Err(e) => std::panic::resume_unwind(e.into_panic()),
@@ -168,6 +170,8 @@ impl Engine {
             memory_layers,
             disk_layers,
             key: key.map(|k| k.name),
+            template: false,
+            env: base.manifest.env.clone(),
             boot: None,
             frozen_identity: Default::default(),
         };
@@ -205,25 +209,21 @@ impl Engine {
         draft: Draft,
         manifest: Manifest,
     ) -> Result<Manifest, WorkspaceError> {
+        self.require_room(allocated_bytes(draft.dir(), &mut HashSet::new()))?;
         let store = self.store.clone();
         Ok(blocking(move || store.publish(draft, manifest)).await?)
     }
 
-    /// What to restore a workspace snapshot with.
+    /// What to restore a snapshot with, a workspace's or a template's. What it stands on is what its
+    /// manifest says, whatever the template's name stands for by now.
     pub(super) fn resolve_workspace(
         &self,
         template: &str,
         snapshot: &str,
     ) -> Result<ReadyTemplate, WorkspaceError> {
-        let base = self.template(template).and_then(|t| t.ready());
-        let base = base.ok_or_else(|| WorkspaceError::NoTemplate(template.to_owned()))?;
-        if snapshot == base.snapshot {
-            return Ok(base.as_source());
-        }
-        let dir = self.store.dir(snapshot);
-        let manifest = Manifest::read(&dir)?;
-        manifest.check(&dir, self.driver().compat())?;
-        Ok(base.with_workspace(&dir, manifest))
+        let (store, here) = (&self.store, self.driver().compat());
+        let images = self.config.home.join("images");
+        Ok(ReadyTemplate::resolve(template, store, &images, here, snapshot)?)
     }
 
     /// Removes a snapshot that no template and no sandbox needs any more.
@@ -235,14 +235,12 @@ impl Engine {
                 let data = s.data();
                 data.restored_from == snapshot || data.paused_in.as_deref() == Some(snapshot)
             });
-        let pinned = lock(&self.pinned).contains(snapshot);
-        if needed || pinned {
+        if needed || self.is_pinned(snapshot) {
             return;
         }
-        // One that stands on nothing is a template's, also while its template is not known yet:
-        // sandboxes end in the first moments of a service, too.
-        let Some(manifest) = self.store.manifest(snapshot).ok().filter(|m| m.parent.is_some())
-        else {
+        // A template's stays, also while its template is not known yet: sandboxes end in the first
+        // moments of a service, too.
+        let Some(manifest) = self.store.manifest(snapshot).ok().filter(|m| !m.is_template()) else {
             return;
         };
         // A fork's: the key goes first, and with it what the files hold.
@@ -284,37 +282,64 @@ impl Engine {
 
     /// Keeps a snapshot for as long as the result lives, whoever refers to it.
     pub(super) fn pin(&self, snapshot: &str) -> Pin<'_> {
-        lock(&self.pinned).insert(snapshot.to_owned());
+        self.hold(snapshot);
         Pin { pinned: &self.pinned, snapshot: snapshot.to_owned() }
     }
 
-    /// What a sandbox's machine was restored from.
+    /// The same until [`release`].
+    pub(super) fn hold(&self, snapshot: &str) {
+        *lock(&self.pinned).entry(snapshot.to_owned()).or_default() += 1;
+    }
+
+    /// Whether somebody holds it.
+    pub(super) fn is_pinned(&self, snapshot: &str) -> bool {
+        lock(&self.pinned).contains_key(snapshot)
+    }
+
+    /// The template's snapshot that a sandbox's machine stands on, and what it was restored from.
     pub(super) fn source_of(
         &self,
         template: &str,
         snapshot: &str,
     ) -> Result<(Arc<ReadyTemplate>, ReadyTemplate), WorkspaceError> {
-        let base = self.template(template).and_then(|t| t.ready());
-        let base = base.ok_or_else(|| WorkspaceError::NoTemplate(template.to_owned()))?;
         let source = self.resolve_workspace(template, snapshot)?;
-        Ok((base, source))
+        let base = match &source.manifest.parent {
+            Some(parent) if !source.manifest.is_template() => {
+                self.resolve_workspace(template, parent)?
+            }
+            _ => source.clone(),
+        };
+        Ok((Arc::new(base), source))
     }
 }
 
 /// Holds a snapshot.
 #[derive(Debug)]
 pub(super) struct Pin<'a> {
-    pinned: &'a Mutex<HashSet<String>>,
+    pinned: &'a Mutex<HashMap<String, u32>>,
     snapshot: String,
 }
 
 impl Drop for Pin<'_> {
     fn drop(&mut self) {
-        lock(self.pinned).remove(&self.snapshot);
+        release(self.pinned, &self.snapshot);
     }
 }
 
-pub(super) fn lock(pinned: &Mutex<HashSet<String>>) -> std::sync::MutexGuard<'_, HashSet<String>> {
+/// One holds it less.
+pub(super) fn release(pinned: &Mutex<HashMap<String, u32>>, snapshot: &str) {
+    let mut pinned = lock(pinned);
+    if let Some(count) = pinned.get_mut(snapshot) {
+        *count -= 1;
+        if *count == 0 {
+            pinned.remove(snapshot);
+        }
+    }
+}
+
+pub(super) fn lock(
+    pinned: &Mutex<HashMap<String, u32>>,
+) -> std::sync::MutexGuard<'_, HashMap<String, u32>> {
     pinned.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
@@ -395,56 +420,13 @@ impl Stack {
 }
 
 impl ReadyTemplate {
-    /// The same, as the source of a restore that is not the pool's.
-    pub(super) fn as_source(&self) -> ReadyTemplate {
-        self.with_workspace_files(self.snapshot.clone(), self.manifest.clone(), None)
-    }
-
-    /// A workspace snapshot in `dir` that stands on this template.
-    fn with_workspace(&self, dir: &Path, manifest: Manifest) -> ReadyTemplate {
-        self.with_workspace_files(manifest.id.clone(), manifest, Some(dir))
-    }
-
-    fn with_workspace_files(
-        &self,
-        snapshot: String,
-        manifest: Manifest,
-        dir: Option<&Path>,
-    ) -> ReadyTemplate {
-        let mut memory = self.memory.clone();
-        let mut disk_deltas = self.disk_deltas.clone();
-        let mut scratch = self.scratch.clone();
-        if let Some(dir) = dir {
-            let layer = |name: &String| delta::layer(&dir.join(name), manifest.key.as_deref());
-            memory.layers.extend(manifest.memory_layers.iter().map(layer));
-            disk_deltas.extend(manifest.disk_layers.iter().map(layer));
-            if manifest.disk_layers.is_empty() {
-                scratch = dir.join(SCRATCH);
-                disk_deltas.clear();
-            }
-        }
-        let in_dir = |name: &str, else_: &Path| dir.map_or(else_.to_owned(), |d| d.join(name));
-        ReadyTemplate {
-            name: self.name.clone(),
-            vmstate: in_dir(VMSTATE, &self.vmstate),
-            scratch,
-            disk_deltas,
-            memory,
-            memory_file: self.memory_file.clone(),
-            root_disk: self.root_disk.clone(),
-            size: self.size,
-            snapshot,
-            manifest,
-        }
-    }
-
     /// The layers that this source has above `base`.
-    fn own_layers(&self, base: &ReadyTemplate) -> Vec<LayerFiles> {
+    pub(super) fn own_layers(&self, base: &ReadyTemplate) -> Vec<LayerFiles> {
         self.memory.layers[base.memory.layers.len()..].to_vec()
     }
 
     /// Its disk as a chain of layers.
-    fn disk_chain(&self) -> Vec<LayerFiles> {
+    pub(super) fn disk_chain(&self) -> Vec<LayerFiles> {
         let flat = LayerFiles::Flat { memory: self.scratch.clone(), zero_map: None };
         std::iter::once(flat).chain(self.disk_deltas.iter().cloned()).collect()
     }
@@ -456,7 +438,7 @@ impl ReadyTemplate {
         self.disk_deltas.get(above..).unwrap_or_default().to_vec()
     }
 
-    fn disk_bytes(&self) -> Result<u64, WorkspaceError> {
+    pub(super) fn disk_bytes(&self) -> Result<u64, WorkspaceError> {
         let meta = self.scratch.metadata().map_err(file("cannot look at", &self.scratch))?;
         Ok(meta.len())
     }

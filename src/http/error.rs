@@ -12,11 +12,15 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::request_id;
+use crate::engine::budget::NoRoom;
 use crate::engine::db::DbError;
+use crate::engine::gc::GcError;
+use crate::engine::inputs::InputError;
 use crate::engine::keys::{KeyError, Scope};
 use crate::engine::lifecycle::RestoreError;
 use crate::engine::quota::QuotaError;
 use crate::engine::sandbox::State;
+use crate::engine::templates::{BuildRequestError, DeleteError};
 use crate::engine::{
     CreateError, NetworkChangeError, SandboxError, TransitionError, WorkspaceError,
 };
@@ -284,9 +288,7 @@ impl From<TransitionError> for ApiError {
 impl From<WorkspaceError> for ApiError {
     fn from(e: WorkspaceError) -> Self {
         let (status, code) = match e {
-            WorkspaceError::NoTemplate(_) => {
-                (StatusCode::SERVICE_UNAVAILABLE, "template_not_ready")
-            }
+            WorkspaceError::NoRoom(e) => return e.into(),
             WorkspaceError::Key(_) => (StatusCode::SERVICE_UNAVAILABLE, "key_unavailable"),
             _ => (StatusCode::INTERNAL_SERVER_ERROR, "workspace_failed"),
         };
@@ -302,6 +304,70 @@ impl From<NetworkChangeError> for ApiError {
             NetworkChangeError::Network(e) => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, "network_failed", e.to_string())
             }
+        }
+    }
+}
+
+impl From<NoRoom> for ApiError {
+    fn from(e: NoRoom) -> Self {
+        Self::new(StatusCode::INSUFFICIENT_STORAGE, "disk_budget_exceeded", e.to_string())
+    }
+}
+
+impl From<BuildRequestError> for ApiError {
+    fn from(e: BuildRequestError) -> Self {
+        match e {
+            BuildRequestError::Invalid(message) => Self::invalid(message),
+            e @ BuildRequestError::Exists(_) => {
+                Self::new(StatusCode::CONFLICT, "template_exists", e.to_string())
+            }
+            BuildRequestError::NoRoom(e) => e.into(),
+            BuildRequestError::Db(e) => e.into(),
+        }
+    }
+}
+
+impl From<DeleteError> for ApiError {
+    fn from(e: DeleteError) -> Self {
+        match e {
+            DeleteError::NotFound(name) => Self::template_not_found(&name),
+            e @ DeleteError::InUse { .. } => {
+                Self::new(StatusCode::CONFLICT, "template_in_use", e.to_string())
+            }
+            e @ DeleteError::Busy(_) => {
+                let status = StatusCode::SERVICE_UNAVAILABLE;
+                Self::new(status, "template_busy", e.to_string()).retry_after(5)
+            }
+            DeleteError::Db(e) => e.into(),
+        }
+    }
+}
+
+impl From<InputError> for ApiError {
+    fn from(e: InputError) -> Self {
+        let message = e.to_string();
+        match e {
+            InputError::Digest { .. } => Self::invalid(format!("body: {message}")),
+            InputError::NoRoom(_) => {
+                Self::new(StatusCode::INSUFFICIENT_STORAGE, "disk_budget_exceeded", message)
+            }
+            InputError::Body(_) => Self::malformed(message),
+            InputError::File(_) => {
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "input_not_kept", message)
+            }
+        }
+    }
+}
+
+impl From<GcError> for ApiError {
+    fn from(e: GcError) -> Self {
+        let message = e.to_string();
+        match e {
+            GcError::NotReady => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "template_not_ready", message)
+                    .retry_after(5)
+            }
+            GcError::File(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, "gc_failed", message),
         }
     }
 }

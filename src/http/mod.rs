@@ -15,7 +15,8 @@
 //! /v1/sandboxes/{id}/network           network.rs
 //! /v1/sandboxes/{id}/ports/{port}/...  ports.rs     the sandbox's token does, too
 //! {port}-{id}.{domain}                 ports.rs     likewise
-//! /v1/templates[/{name}]               templates.rs
+//! /v1/templates[/{name}[/log]]         templates.rs
+//! /v1/{inputs/{sha256},store,gc}       store.rs
 //! /v1/pools[/{template}]               pools.rs
 //! /v1/keys[/{id}]                      keys.rs
 //! /sandboxes /v2/... /process.Process/... /files ...   what E2B's SDKs ask for: crate::e2b
@@ -47,6 +48,7 @@ mod pty;
 mod request_id;
 pub mod sandboxes;
 mod stats;
+mod store;
 mod templates;
 pub mod transitions;
 
@@ -144,13 +146,17 @@ fn v1() -> OpenApiRouter<App> {
         .routes(routes!(network::get, network::change))
         .routes(routes!(exec::exec))
         .routes(routes!(pty::pty))
-        .routes(routes!(templates::list))
-        .routes(routes!(templates::get))
+        .routes(routes!(templates::list, templates::build))
+        .routes(routes!(templates::get, templates::delete))
+        .routes(routes!(templates::log))
+        .routes(routes!(store::usage))
+        .routes(routes!(store::collect))
         .routes(routes!(pools::list))
         .routes(routes!(pools::get, pools::set))
         .routes(routes!(keys::list, keys::create))
         .routes(routes!(keys::delete))
         .layer(DefaultBodyLimit::max(MAX_JSON_BYTES))
-        // Streamed: no limit but the guest's disk.
+        // Streamed: no limit but the disk.
+        .routes(routes!(store::get_input, store::put_input).layer(DefaultBodyLimit::disable()))
         .routes(routes!(files::get, files::put, files::delete).layer(DefaultBodyLimit::disable()))
 }

@@ -186,7 +186,7 @@ pub fn pools(app: &App) -> Vec<PoolView> {
 
 /// The templates.
 pub fn templates(app: &App) -> Vec<TemplateView> {
-    app.engine.templates().iter().map(|t| TemplateView::new(t)).collect()
+    app.engine.templates().iter().map(|t| TemplateView::new(&app.engine, t)).collect()
 }
 
 /// The sandboxes.

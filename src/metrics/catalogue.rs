@@ -201,6 +201,13 @@ pub const ALL: &[Metric] = &[
         &["outcome"],
         "Found at start from an earlier service: `serving` again, or `lost`",
     ),
+    counter(
+        "rethaw_builds_total",
+        "builds",
+        &["outcome"],
+        "Of templates that ended: `built`, `cached` (built before), `failed`",
+    ),
+    timer("rethaw_build_duration_seconds", &[], "From a restored parent to a published template"),
 ];
 
 /// The one that the recorder does not keep: the page server counts it.
@@ -231,6 +238,7 @@ pub fn describe() {
     let closed = [
         ("rethaw_identity_total", "outcome", &["proven", "failed"][..]),
         ("rethaw_vms_recovered_total", "outcome", &["serving", "lost"]),
+        ("rethaw_builds_total", "outcome", &["built", "cached", "failed"]),
         ("rethaw_net_names_total", "outcome", &["answered", "refused", "failed"]),
         ("rethaw_sandboxes_gone_total", "reason", &["deleted", "expired", "vm_died", "shutdown"]),
     ];

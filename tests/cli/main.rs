@@ -246,3 +246,58 @@ fn completions_know_the_subcommands() {
         }
     }
 }
+
+#[test]
+fn a_build_uploads_what_it_copies_and_shows_what_it_says() {
+    let states = std::sync::atomic::AtomicU32::new(0);
+    let service = StandIn::new(move |request| {
+        let line = request.line.as_str();
+        let of = |state: &str| json!({ "name": "app", "state": state });
+        if line.starts_with("GET /v1/inputs/") {
+            return Answer::problem("404 Not Found", "input_not_found", "no input");
+        }
+        if line.starts_with("PUT /v1/inputs/") {
+            return Answer::json("201 Created", &json!({}));
+        }
+        if line.ends_with("/log?follow=true") {
+            return Answer::frames(&[
+                r#"{"time":"x","kind":"step","step":1,"text":"copy /srv"}"#,
+                r#"{"time":"x","kind":"stdout","step":2,"text":"no line end"}"#,
+                r#"{"time":"x","kind":"news","text":"of a later version"}"#,
+                r#"{"time":"x","kind":"end","text":"failed"}"#,
+            ]);
+        }
+        if line.starts_with("POST") {
+            return Answer::json("202 Accepted", &of("queued"));
+        }
+        let first = states.fetch_add(1, std::sync::atomic::Ordering::Relaxed) == 0;
+        let mut template = of(if first { "failed" } else { "ready" });
+        template["error"] = json!("step 2 (run x): ended with exit code 1");
+        Answer::json("200 OK", &template)
+    });
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("file"), "text").unwrap();
+    let copy = format!("{}:/srv", dir.path().display());
+    let args = ["template", "build", "app", "--copy", &copy, "--run", "x", "--wait-port", "80"];
+    let done = service.rethaw(&args);
+    let said = text(&done.stderr);
+    assert_eq!(done.status.code(), Some(1), "{said}");
+    let wanted = "rethaw: copy /srv\nno line end\nrethaw: of a later version\n\
+                  rethaw: template app failed: step 2 (run x): ended with exit code 1\n";
+    assert_eq!(said, wanted);
+    let asked = service.asked();
+    let lines: Vec<_> = asked.iter().map(|r| r.line.clone()).collect();
+    let digest = lines[1].strip_prefix("PUT /v1/inputs/").unwrap().to_owned();
+    assert_eq!(lines[0], format!("GET /v1/inputs/{digest}"));
+    let steps = json!([
+        { "copy": { "dst": "/srv", "archive_sha256": digest } },
+        { "run": "x" },
+        { "wait": { "port": 80 } },
+    ]);
+    assert_eq!(asked[2].json(), json!({ "name": "app", "from": "base", "steps": steps }));
+    assert_eq!(lines[3..], ["GET /v1/templates/app/log?follow=true", "GET /v1/templates/app"]);
+
+    let done = service.rethaw(&["template", "build", "app"]);
+    assert_eq!(done.status.code(), Some(0), "{}", text(&done.stderr));
+    assert_eq!(text(&done.stdout), "template app is ready\n");
+}

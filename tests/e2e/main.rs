@@ -43,5 +43,6 @@ mod refusals;
 mod restart;
 mod sandboxes;
 mod soak;
+mod templates;
 mod terminal;
 mod with_firecracker;

@@ -300,13 +300,20 @@ impl Service {
 
     /// Starts it again on the same home.
     pub async fn start_again(&mut self) {
-        self.start_again_with(&[]).await;
+        self.start_again_as(&[], &[]).await;
     }
 
     /// The same, with these environment variables.
     pub async fn start_again_with(&mut self, env: &[(&str, &str)]) {
+        self.start_again_as(&[], env).await;
+    }
+
+    /// The same, with these flags and environment variables besides, this once.
+    pub async fn start_again_as(&mut self, flags: &[&str], env: &[(&str, &str)]) {
         self.starts += 1;
-        self.child = spawn(&self.home, &self.options, self.starts, env);
+        let flags = flags.iter().map(|flag| (*flag).to_owned());
+        let options: Vec<String> = self.options.iter().cloned().chain(flags).collect();
+        self.child = spawn(&self.home, &options, self.starts, env);
         self.wait_ready(DEADLINE).await;
     }
 

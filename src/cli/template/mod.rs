@@ -20,10 +20,10 @@ use super::{Context, human, many, output, sandbox};
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   rethaw template ls
-  rethaw template build py312 --run 'pip install numpy' --copy ./app:/srv/app
+  rethaw template build app --copy ./app:/srv/app --run 'python3 -m compileall /srv/app'
   rethaw template rm py312
 
-Related: pool, run.")]
+Related: pool, run, gc.")]
 pub struct TemplateArgs {
     #[command(subcommand)]
     command: TemplateCommand,
@@ -55,6 +55,12 @@ struct Template {
     #[serde(default)]
     message: String,
     #[serde(default)]
+    from: String,
+    #[serde(default)]
+    cached: bool,
+    #[serde(default)]
+    last_used_at: Option<String>,
+    #[serde(default)]
     created_at: String,
     #[serde(default)]
     error: Option<String>,
@@ -66,11 +72,15 @@ struct Template {
 struct Snapshot {
     id: String,
     #[serde(default)]
-    parent: Option<String>,
-    #[serde(default)]
     memory_bytes: u64,
     #[serde(default)]
     allocated_bytes: u64,
+}
+
+impl Template {
+    fn is_final(&self) -> bool {
+        matches!(self.state.as_str(), "ready" | "failed")
+    }
 }
 
 /// Runs a subcommand.
@@ -88,7 +98,8 @@ async fn list(cx: &Context, quiet: bool) -> anyhow::Result<ExitCode> {
         output::json(&json!({ "items": values }))?;
         return Ok(ExitCode::SUCCESS);
     }
-    let mut table = Table::new(&["NAME", "STATE", "PARENT", "MEMORY", "ON DISK", "AGE", "MESSAGE"]);
+    let columns = ["NAME", "STATE", "FROM", "MEMORY", "ON DISK", "AGE", "USED", "MESSAGE"];
+    let mut table = Table::new(&columns);
     let mut names = String::new();
     let now = OffsetDateTime::now_utc();
     for value in values {
@@ -102,10 +113,11 @@ async fn list(cx: &Context, quiet: bool) -> anyhow::Result<ExitCode> {
         table.row(vec![
             template.name,
             template.state,
-            snapshot.and_then(|s| s.parent.clone()).unwrap_or_default(),
+            template.from,
             size(|s| s.memory_bytes),
             size(|s| s.allocated_bytes),
             human::since(&template.created_at, now),
+            template.last_used_at.map(|at| human::since(&at, now)).unwrap_or_default(),
             template.error.unwrap_or(template.message),
         ]);
     }

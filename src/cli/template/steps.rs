@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::super::env;
-use super::copy::{self, CopyError};
+use super::copy::{self, Archive, CopyError};
 
 /// One step as typed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,17 +26,32 @@ pub enum Step {
     Env(String, String),
     /// The folder the steps that follow run in.
     Workdir(String),
+    /// The user the steps that follow run as.
+    User(String),
+    /// A command that goes on in every sandbox.
+    Start(String),
+    /// A port to wait for.
+    WaitPort(u16),
+    /// A command to wait for.
+    WaitFor(String),
+    /// A command that has to work in a clone.
+    Check(String),
 }
 
-/// `--run`, `--copy`, `--env` and `--workdir`, which build on each other and so keep their order.
+/// `--run` and its like, which build on each other and so keep their order.
 #[derive(Debug, Clone, Default)]
 pub struct Steps(pub Vec<Step>);
 
-const FLAGS: [(&str, &str, &str); 4] = [
+const FLAGS: [(&str, &str, &str); 9] = [
     ("run", "COMMAND", "Run a command with /bin/sh; steps keep the order they are given in"),
     ("copy", "SRC:DST", "Copy a local file or folder into the template"),
     ("env", "NAME=VALUE", "Set a variable for the steps that follow and for sandboxes"),
     ("workdir", "DIR", "Folder that the steps that follow run in"),
+    ("user", "NAME", "User that the steps that follow run as"),
+    ("start", "COMMAND", "Start a command that goes on in every sandbox"),
+    ("wait-port", "PORT", "Wait until something listens on a port"),
+    ("wait-for", "COMMAND", "Wait until a command ends with 0"),
+    ("check", "COMMAND", "Run a command in a clone; the template is published if it ends with 0"),
 ];
 
 impl Step {
@@ -44,6 +59,14 @@ impl Step {
         match flag {
             "run" => Ok(Self::Run(value.to_owned())),
             "workdir" => Ok(Self::Workdir(value.to_owned())),
+            "user" => Ok(Self::User(value.to_owned())),
+            "start" => Ok(Self::Start(value.to_owned())),
+            "wait-for" => Ok(Self::WaitFor(value.to_owned())),
+            "check" => Ok(Self::Check(value.to_owned())),
+            "wait-port" => match value.parse() {
+                Ok(port) if port > 0 => Ok(Self::WaitPort(port)),
+                _ => Err("it must be a number from 1 to 65535".to_owned()),
+            },
             "env" => env::parse_pair(value).map(|(name, value)| Self::Env(name, value)),
             _ => match value.rsplit_once(':') {
                 Some((src, dst)) if !src.is_empty() && dst.starts_with('/') => {
@@ -55,12 +78,21 @@ impl Step {
     }
 
     /// As the API takes it; what is copied is read now.
-    fn to_json(&self) -> Result<Value, CopyError> {
+    fn to_json(&self, archives: &mut Vec<Archive>) -> Result<Value, CopyError> {
         Ok(match self {
             Self::Run(command) => json!({ "run": command }),
-            Self::Copy { src, dst } => json!({ "copy": copy::step(src, dst)? }),
+            Self::Copy { src, dst } => {
+                let (step, archive) = copy::step(src, dst)?;
+                archives.push(archive);
+                json!({ "copy": step })
+            }
             Self::Env(name, value) => json!({ "env": { name: value } }),
             Self::Workdir(dir) => json!({ "workdir": dir }),
+            Self::User(user) => json!({ "user": user }),
+            Self::Start(command) => json!({ "start": command }),
+            Self::WaitPort(port) => json!({ "wait": { "port": port } }),
+            Self::WaitFor(command) => json!({ "wait": { "command": command } }),
+            Self::Check(command) => json!({ "check": command }),
         })
     }
 }
@@ -121,6 +153,9 @@ pub struct StepFile {
     /// The steps, of any kind the service knows.
     #[serde(default)]
     pub steps: Vec<Map<String, Value>>,
+    /// What its steps copy.
+    #[serde(skip)]
+    archives: Vec<Archive>,
 }
 
 /// A file of steps that cannot be used.
@@ -155,13 +190,16 @@ impl StepFile {
         let wrong = |reason| StepFileError::Parse { path: path.to_owned(), reason };
         let mut file = Self::parse(&text).map_err(wrong)?;
         let dir = path.parent().unwrap_or(Path::new("."));
-        for (number, step) in file.steps.iter_mut().enumerate() {
+        let StepFile { steps, archives, .. } = &mut file;
+        for (number, step) in steps.iter_mut().enumerate() {
             let Some(copied) = step.get_mut("copy") else { continue };
             let (Some(src), Some(dst)) = (copied["src"].as_str(), copied["dst"].as_str()) else {
                 let reason = format!("step {}: copy needs src and dst, both text", number + 1);
                 return Err(wrong(reason));
             };
-            *copied = copy::step(&dir.join(src), dst)?;
+            let (step, archive) = copy::step(&dir.join(src), dst)?;
+            *copied = step;
+            archives.push(archive);
         }
         Ok(file)
     }
@@ -174,13 +212,14 @@ impl StepFile {
     }
 }
 
-/// Steps of the file, then those of the flags.
-pub fn all(file: StepFile, flags: &Steps) -> Result<Vec<Value>, CopyError> {
+/// Steps of the file, then those of the flags, and what they copy.
+pub fn all(file: StepFile, flags: &Steps) -> Result<(Vec<Value>, Vec<Archive>), CopyError> {
+    let mut archives = file.archives;
     let mut steps: Vec<Value> = file.steps.into_iter().map(Value::Object).collect();
     for step in &flags.0 {
-        steps.push(step.to_json()?);
+        steps.push(step.to_json(&mut archives)?);
     }
-    Ok(steps)
+    Ok((steps, archives))
 }
 
 #[cfg(test)]
@@ -205,6 +244,10 @@ mod tests {
             "X=y=z",
             "--workdir",
             "/w",
+            "--start",
+            "serve",
+            "--wait-port",
+            "80",
         ]);
         assert_eq!(
             steps.unwrap(),
@@ -214,10 +257,13 @@ mod tests {
                 Step::Run("two".into()),
                 Step::Env("X".into(), "y=z".into()),
                 Step::Workdir("/w".into()),
+                Step::Start("serve".into()),
+                Step::WaitPort(80),
             ]
         );
         assert!(typed(&["--copy", "a:b"]).is_err());
         assert!(typed(&["--env", "X"]).is_err());
+        assert!(typed(&["--wait-port", "0"]).is_err());
         assert_eq!(typed(&[]).unwrap(), []);
     }
 

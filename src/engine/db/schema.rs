@@ -64,6 +64,11 @@ const VERSIONS: &[&str] = &[
         key         TEXT NOT NULL
     ) STRICT;
 ",
+    "
+    -- JSON: which step of a build failed, and how.
+    ALTER TABLE templates ADD COLUMN failure TEXT;
+    ALTER TABLE templates ADD COLUMN attempts INTEGER NOT NULL DEFAULT 0;
+",
 ];
 
 /// Applies every version that the database does not have yet, each in one transaction.

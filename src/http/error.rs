@@ -9,6 +9,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use guest_agent::client::AgentError;
 use serde::Serialize;
+use snapshotter::vmm::VmmError;
 use utoipa::ToSchema;
 
 use super::request_id;
@@ -289,6 +290,9 @@ impl From<WorkspaceError> for ApiError {
     fn from(e: WorkspaceError) -> Self {
         let (status, code) = match e {
             WorkspaceError::NoRoom(e) => return e.into(),
+            WorkspaceError::Vmm(VmmError::Unsupported(_)) => {
+                (StatusCode::CONFLICT, "snapshot_unsupported")
+            }
             WorkspaceError::Key(_) => (StatusCode::SERVICE_UNAVAILABLE, "key_unavailable"),
             _ => (StatusCode::INTERNAL_SERVER_ERROR, "workspace_failed"),
         };

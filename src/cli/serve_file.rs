@@ -151,7 +151,9 @@ impl ServeFile {
             let name = "limits.timeout_seconds";
             return Err(format!("{name} is {longest}; it must be 1 to {MAX_TIMEOUT}"));
         }
-        if let Some(rate) = file.limits.claims_per_second.filter(|rate| !(*rate > 0.0)) {
+        if let Some(rate) =
+            file.limits.claims_per_second.filter(|rate| rate.is_nan() || *rate <= 0.0)
+        {
             return Err(format!("limits.claims_per_second is {rate}; it must be above 0"));
         }
         Ok(file)

@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 
 use tracing::Instrument;
 
-use super::Engine;
 use super::claim::{CreateError, CreateRequest, Created};
 use super::identity::Owner;
 use super::ids;

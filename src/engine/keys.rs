@@ -277,7 +277,7 @@ mod tests {
 
         let keys = Keys::load(db()).await.unwrap();
         assert_eq!(keys.find(&secret).unwrap().key, key);
-        assert_eq!(keys.list(), [key.clone()]);
+        assert_eq!(keys.list(), std::slice::from_ref(&key));
         assert!(keys.find(&format!("{secret}0")).is_none());
         keys.remove(&key.id).await.unwrap();
         assert!(keys.find(&secret).is_none());

@@ -305,13 +305,15 @@ impl Disk {
 
     /// Makes it, and gives the key of what is restored, if it has one. Blocks.
     fn make(self) -> Result<Option<Key>, RestoreError> {
+        // First: without it, nothing else is worth doing, and this is what there is to say.
+        let key = self.key.map(|name| self.keys.key(&name)).transpose()?;
         disk::clone_file(&self.base, &self.target).map_err(file("cannot copy", &self.base))?;
         if !self.deltas.is_empty() {
             let target = File::options().read(true).write(true).open(&self.target);
             let target = target.map_err(file("cannot open", &self.target))?;
             delta::apply(&self.deltas, &target, &*self.keys)?;
         }
-        Ok(self.key.map(|name| self.keys.key(&name)).transpose()?)
+        Ok(key)
     }
 }
 

@@ -8,11 +8,13 @@ use crate::death::{FILL, SUM};
 use crate::home::Home;
 use crate::service::Service;
 
-/// Bytes that are nowhere but in the guest: it gets them the wrong way round.
+/// Turns each hex digit into another one, and back.
+const TURN: &str = "tr 0123456789abcdef fedcba9876543210";
+
+/// Bytes that are nowhere but in the guest, which gets them turned.
 fn marker() -> (String, String) {
-    let text = format!("{:032x}", u128::from_le_bytes(rand_bytes()));
-    let reversed = text.chars().rev().collect();
-    (text, reversed)
+    let number = u128::from_le_bytes(rand_bytes());
+    (format!("{number:032x}"), format!("{:032x}", !number))
 }
 
 fn rand_bytes() -> [u8; 16] {
@@ -62,15 +64,15 @@ async fn the_disk_holds_no_plaintext_and_pages_come_back_through_every_crash() {
     let home = service.home().path().to_owned();
     let id = service.create().await;
     let sum = service.sh(&id, FILL).await;
-    let (text, reversed) = marker();
+    let (text, turned) = marker();
     let write = format!(
-        "m=$(echo {reversed} | rev); for n in $(seq 4096); do echo $m; done > /dev/shm/m; \
+        "m=$(echo {turned} | {TURN}); for n in $(seq 4096); do echo $m; done > /dev/shm/m; \
          cp /dev/shm/m /root/m; sync"
     );
     service.sh(&id, &write).await;
     let lines = async |service: &Service| {
         let script =
-            format!("m=$(echo {reversed} | rev); grep -c $m /dev/shm/m; grep -c $m /root/m");
+            format!("m=$(echo {turned} | {TURN}); grep -c $m /dev/shm/m; grep -c $m /root/m");
         service.sh(&id, &script).await
     };
     // It is found where it must be: the disk of a running VM.
@@ -121,7 +123,7 @@ async fn the_disk_holds_no_plaintext_and_pages_come_back_through_every_crash() {
     assert!(!key.exists());
     let golden = crate::home::golden_snapshots(&home).len();
     let stored = || std::fs::read_dir(home.join("snapshots")).unwrap().count();
-    assert_eq!(stored(), golden + 1, "the files are still there");
+    assert!(stored() > golden, "the files are still there");
     service.start_again().await;
     service.sandbox(&id).await.refused(404, "sandbox_not_found");
     assert_eq!(stored(), golden);
@@ -132,7 +134,8 @@ async fn the_disk_holds_no_plaintext_and_pages_come_back_through_every_crash() {
 async fn clones_have_keys_of_their_own_and_a_command_may_keep_them() {
     let home = Home::new().await;
     let script = home.path().join("kms");
-    std::fs::write(&script, "echo \"$@\" >> \"$0.log\"; test ! -e \"$0.down\" && rev").unwrap();
+    let text = format!("echo \"$@\" >> \"$0.log\"; test ! -e \"$0.down\" && {TURN}");
+    std::fs::write(&script, text).unwrap();
     let command = format!("sh {}", script.display());
     let deadline = crate::client::DEADLINE;
     let service = Service::start_on(home, 0, &["--key-command", &command], deadline).await;

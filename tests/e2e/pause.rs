@@ -215,12 +215,12 @@ async fn rapid_cycles_lose_nothing() {
 async fn an_idle_sandbox_is_paused_and_one_in_use_is_not() {
     let service = Service::start(0).await;
     let made =
-        service.create_with(&json!({ "idle_timeout_seconds": 2, "on_timeout": "pause" })).await;
-    assert_eq!(made["idle_timeout_seconds"], 2);
+        service.create_with(&json!({ "idle_timeout_seconds": 6, "on_timeout": "pause" })).await;
+    assert_eq!(made["idle_timeout_seconds"], 6);
     let id = id(&made);
     let sum = service.sh(&id, FILL).await;
     // Longer than the limit, and in use all the time.
-    service.exec(&id, &json!({ "argv": ["sleep", "5"] })).await;
+    service.exec(&id, &json!({ "argv": ["sleep", "8"] })).await;
     assert_eq!(service.sandbox(&id).await.expect(200)["state"], "running");
     let paused = async |service: &Service| {
         service

@@ -225,12 +225,13 @@ mod tests {
     #[test]
     fn a_command_wraps_and_unwraps() {
         let dir = tempfile::tempdir().unwrap();
-        // Reverses the digits: enough to see that it was asked.
-        let master = script(dir.path(), "test \"$2\" = the-id || exit 3\nrev");
+        // Turns each digit into another one, and back: enough to see that it was asked.
+        let turn = "tr 0123456789abcdef fedcba9876543210";
+        let master = script(dir.path(), &format!("test \"$2\" = the-id || exit 3\n{turn}"));
         let key = Key::generate().unwrap();
         let wrapped = master.wrap("the-id", &key).unwrap();
-        let reversed: Vec<u8> = to_hex(&key).bytes().rev().collect();
-        assert_eq!(wrapped.trim_ascii(), reversed);
+        let turned: Vec<u8> = key.expose().iter().map(|byte| !byte).collect();
+        assert_eq!(wrapped.trim_ascii(), hex::encode(turned).as_bytes());
         assert_eq!(master.unwrap("the-id", &wrapped).unwrap().expose(), key.expose());
         let said = master.unwrap("another", &wrapped).unwrap_err().to_string();
         assert!(said.contains("unwrap") && said.contains("exit status: 3"), "{said}");

@@ -11,7 +11,7 @@ use tracing::Instrument;
 
 use super::claim::{CreateError, CreateRequest, Created};
 use super::identity::Owner;
-use super::Engine;
+use super::{Engine, ids};
 use super::lifecycle;
 use super::pause::{TransitionError, machine_of};
 use super::quota::Size;

@@ -49,7 +49,7 @@ def memory_mib(pid, kind):
 def parked_memory(service, client):
     """Memory of each of some parked VMs beside each other."""
     client.pool(PARKED)
-    vms = list(processes(service, "qemu-system")) + list(processes(service, "firecracker"))
+    vms = list(processes(service, "rethaw-qemu")) + list(processes(service, "firecracker"))
     pss = [memory_mib(pid, "Pss") for pid in vms]
     # The spare process of the pool has loaded nothing.
     pss = sorted(pss)[-PARKED:]

@@ -2,10 +2,9 @@
 //! restored from, written as one more layer.
 //!
 //! Memory: pages that never faulted are holes in the guest's memfd and were not changed; pages that
-//! did fault were read or written, and a comparison tells which. Where the memory file is mapped
-//! privately, pages that were written are the process's own and no longer the file's, which the
-//! kernel tells. Disks: what is compared are the data extents of both sides and whatever the layers
-//! have. Either way the work grows with what was touched, not with the size of the VM.
+//! did fault were read or written, and a comparison tells which. Disks: what is compared are the
+//! data extents of both sides and whatever the layers have. Either way the work grows with what was
+//! touched, not with the size of the VM.
 
 use std::fs::File;
 use std::ops::Range;
@@ -21,7 +20,6 @@ use uffd_handler::source::{
 };
 
 use crate::disk::for_each_extent;
-use crate::mapped;
 
 const PAGE: usize = 4096;
 /// Pages read at a time.
@@ -130,38 +128,6 @@ fn write_changed(
         }
     }
     Ok(writer.finish()?)
-}
-
-/// Writes what process `pid` (its VM paused) has in its private mapping of the file `memory` that
-/// the file has not.
-pub fn write_mapped(
-    pid: i32,
-    memory: &Path,
-    data: &Path,
-    key: Option<&Key>,
-) -> Result<DeltaSummary, DeltaError> {
-    let length = std::fs::metadata(memory).map_err(DeltaError::Guest)?.len();
-    let flat = LayerFiles::Flat { memory: memory.to_owned(), zero_map: None };
-    let below = MemoryLayers::open(&[flat], length)?;
-    let mut writer = DeltaWriter::create_with(data, &index_of(data), length / PAGE as u64, key)?;
-    let mut was = [0_u8; PAGE];
-    let pages = mapped::PrivatePages::of(pid, memory).map_err(DeltaError::Guest)?;
-    let mut failed = None;
-    let walked = pages.for_each(|number, page| {
-        let added = below
-            .read_pages(number, &mut was)
-            .map_err(DeltaError::from)
-            .and_then(|()| if *page == was { Ok(()) } else { Ok(writer.page(number, page)?) });
-        added.map_err(|e| {
-            failed = Some(e);
-            std::io::ErrorKind::Other.into()
-        })
-    });
-    match (failed, walked) {
-        (Some(e), _) => Err(e),
-        (None, Err(e)) => Err(DeltaError::Guest(e)),
-        (None, Ok(())) => Ok(writer.finish()?),
-    }
 }
 
 /// Makes one delta of several on the same `base`, the last of them on top: keeps a chain short, and

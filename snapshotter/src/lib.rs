@@ -8,7 +8,6 @@ pub mod golden;
 pub mod host;
 pub mod image;
 pub mod manifest;
-pub mod mapped;
 pub mod priority;
 pub mod process;
 pub mod qemu;

@@ -122,7 +122,7 @@ pub struct ServeArgs {
     pub flavor: Option<FlavorChoice>,
 
     /// Templates whose clones map the memory file instead of getting pages from the page server;
-    /// see docs/performance.md for what either costs
+    /// under QEMU they cannot be paused or forked. See docs/performance.md for what either costs
     #[arg(long, env = "RETHAW_FILE_BACKED", value_name = "NAME", value_delimiter = ',')]
     pub file_backed: Option<Vec<String>>,
 

@@ -9,6 +9,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use guest_agent::client::AgentError;
 use serde::Serialize;
+use snapshotter::vmm::VmmError;
 use utoipa::ToSchema;
 
 use super::request_id;
@@ -243,6 +244,9 @@ impl From<TransitionError> for ApiError {
             TransitionError::Workspace(e @ WorkspaceError::Key(_)) => {
                 let status = StatusCode::SERVICE_UNAVAILABLE;
                 Self::new(status, "key_unavailable", e.to_string()).retry_after(5)
+            }
+            TransitionError::Workspace(e @ WorkspaceError::Vmm(VmmError::Unsupported(_))) => {
+                Self::new(StatusCode::CONFLICT, "snapshot_unsupported", e.to_string())
             }
             TransitionError::Workspace(e) => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, "workspace_failed", e.to_string())

@@ -15,7 +15,7 @@ use uffd_handler::supervisor::Supervisor;
 
 use super::args::{MEMORY_FD, Machine, Memory, Start, VMSTATE_FD};
 use super::qmp::Qmp;
-use super::vm::{GuestMemory, MEMORY_FILE, QemuVm};
+use super::vm::{GuestMemory, QemuVm};
 use super::{COMMAND_DEADLINE, Qemu, START_DEADLINE, STATE_DEADLINE, VMM};
 use crate::priority;
 use crate::process::Process;
@@ -50,10 +50,7 @@ pub(super) async fn prepare(driver: &Qemu, spec: &RestoreSpec) -> Result<QemuShe
     let mut env = Vec::new();
     let uffd_socket = spec.run_dir.join("uffd.sock");
     let (memory_arg, memory, listener) = match spec.backend {
-        MemoryBackend::File => {
-            let memory = GuestMemory::Private(spec.memory_file.clone());
-            (Memory::PrivateFile(&spec.memory_file), memory, None)
-        }
+        MemoryBackend::File => (Memory::PrivateFile(&spec.memory_file), GuestMemory::Private, None),
         MemoryBackend::Uffd => {
             let memfd = guest_memfd(spec).map_err(file_err("memory for", &spec.run_dir))?;
             let for_child = memfd.try_clone().map_err(file_err("memory for", &spec.run_dir))?;
@@ -86,7 +83,7 @@ pub(super) async fn prepare(driver: &Qemu, spec: &RestoreSpec) -> Result<QemuShe
         run_dir: spec.run_dir.clone(),
         backend: spec.backend,
         size: spec.size,
-        details: details(spec),
+        details: BTreeMap::new(),
     };
     let registered = async {
         match listener {
@@ -111,17 +108,6 @@ fn in_memory(contents: &[u8]) -> std::io::Result<File> {
     file.write_all(contents)?;
     file.rewind()?;
     Ok(file)
-}
-
-/// What a later service needs to know to snapshot this VM.
-fn details(spec: &RestoreSpec) -> BTreeMap<String, String> {
-    match spec.backend {
-        MemoryBackend::Uffd => BTreeMap::new(),
-        MemoryBackend::File => {
-            let file = spec.memory_file.to_string_lossy().into_owned();
-            BTreeMap::from([(MEMORY_FILE.to_owned(), file)])
-        }
-    }
 }
 
 fn guest_memfd(spec: &RestoreSpec) -> std::io::Result<File> {

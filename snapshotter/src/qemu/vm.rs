@@ -23,9 +23,6 @@ use crate::process::{ExitReason, Process};
 use crate::vmm::{self, MemoryBackend, Priority, SnapshotFiles, Vm, VmRecord, VmmError};
 use crate::{delta, manifest};
 
-/// Key in [`VmRecord::details`]: the memory file of a VM that maps it.
-pub(super) const MEMORY_FILE: &str = "memory_file";
-
 /// How this process can get at the guest's memory.
 #[derive(Debug, Clone)]
 pub(super) enum GuestMemory {
@@ -33,21 +30,15 @@ pub(super) enum GuestMemory {
     OnFile,
     /// A memfd; pages that never faulted are holes in it.
     Memfd(Arc<File>),
-    /// QEMU's private mapping of this memory file.
-    Private(PathBuf),
+    /// QEMU's private mapping of a memory file.
+    Private,
 }
 
 impl GuestMemory {
     /// Finds the memfd of an adopted QEMU again: the process keeps the descriptor it inherited.
     pub(super) fn reopen(record: &VmRecord) -> Result<Self, VmmError> {
         match record.backend {
-            MemoryBackend::File => match record.details.get(MEMORY_FILE) {
-                Some(file) => Ok(Self::Private(file.into())),
-                None => Err(VmmError::Memory {
-                    id: record.id.clone(),
-                    message: "which file its memory is mapped from is not noted".to_owned(),
-                }),
-            },
+            MemoryBackend::File => Ok(Self::Private),
             MemoryBackend::Uffd => {
                 let path = format!("/proc/{}/fd/{MEMORY_FD}", record.process.pid);
                 let file =
@@ -81,21 +72,16 @@ impl QemuVm {
     }
 
     /// Writes the pages that are not those it was restored from, on a thread that may block.
-    async fn write_changed(&self, data: PathBuf, key: Option<Key>) -> Result<DeltaSummary, String> {
-        let work = match self.memory.clone() {
-            GuestMemory::OnFile => return Err("all of its memory is a file already".to_owned()),
-            GuestMemory::Memfd(memfd) => {
-                let pager = self.pager.as_ref().ok_or("no page server serves it")?;
-                let below = pager.memory_layers(&self.record.id).map_err(|e| e.to_string())?;
-                let write = move || delta::write(&memfd, &below, &data, key.as_ref());
-                tokio::task::spawn_blocking(write)
-            }
-            GuestMemory::Private(file) => {
-                let pid = self.record.process.pid;
-                let write = move || delta::write_mapped(pid, &file, &data, key.as_ref());
-                tokio::task::spawn_blocking(write)
-            }
-        };
+    async fn write_changed(
+        &self,
+        memfd: Arc<File>,
+        data: PathBuf,
+        key: Option<Key>,
+    ) -> Result<DeltaSummary, String> {
+        let pager = self.pager.as_ref().ok_or("no page server serves it")?;
+        let below = pager.memory_layers(&self.record.id).map_err(|e| e.to_string())?;
+        let write = move || delta::write(&memfd, &below, &data, key.as_ref());
+        let work = tokio::task::spawn_blocking(write);
         work.await.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
     }
 
@@ -172,21 +158,29 @@ impl Vm for QemuVm {
     }
 
     async fn snapshot(&self, into: &Path, key: Option<&Key>) -> Result<SnapshotFiles, VmmError> {
+        if matches!(self.memory, GuestMemory::Private) {
+            return Err(VmmError::Unsupported(
+                "a QEMU VM that maps its memory file cannot be paused or forked: QEMU writes such \
+                 memory into the device state, which then loads nowhere else"
+                    .to_owned(),
+            ));
+        }
         let started = Instant::now();
         let vmstate = into.join("vmstate.bin");
         self.write_vmstate(&vmstate, key).await?;
         let mut phases = vec![("vmstate", started.elapsed())];
         match &self.memory {
-            GuestMemory::OnFile => {
+            GuestMemory::OnFile | GuestMemory::Private => {
                 let (memory, delta, delta_digest) = (None, None, None);
                 Ok(SnapshotFiles { vmstate, memory, delta, delta_digest, phases })
             }
-            GuestMemory::Memfd(_) | GuestMemory::Private(_) => {
+            GuestMemory::Memfd(memfd) => {
                 let started = Instant::now();
                 let data = into.join(manifest::DELTA);
                 let failed =
                     |message: String| VmmError::Memory { id: self.record.id.clone(), message };
-                let summary = self.write_changed(data.clone(), key.cloned()).await;
+                let summary =
+                    self.write_changed(Arc::clone(memfd), data.clone(), key.cloned()).await;
                 let summary = summary.map_err(failed)?;
                 phases.push(("memory", started.elapsed()));
                 let (delta, delta_digest) = (Some(data), Some(summary.digest));

@@ -5,6 +5,7 @@
 #   make test    every test, on real VMs
 #   make bench   the benchmarks; results in target/bench/*.json
 #   make build   binaries only
+#   make package the Debian package, in target/debian
 #   make lint    rustfmt and clippy, as the tests demand them
 #   make clean   build products (not $RETHAW_HOME)
 
@@ -16,7 +17,7 @@ TRIPLE := x86_64-unknown-linux-gnu
 TARGET := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
 AGENT := $(TARGET)/agent/$(TRIPLE)/agent/rethaw-agent
 
-.PHONY: build setup agent demo test bench lint clean
+.PHONY: build setup agent demo test bench package lint clean
 
 setup:
 	@scripts/setup
@@ -39,6 +40,9 @@ test: build
 
 bench: build
 	@scripts/bench
+
+package: build
+	@scripts/package
 
 lint: setup
 	cargo fmt --all --check

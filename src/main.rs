@@ -4,6 +4,7 @@
 //! The way in: [`cli`] parses, [`serve`] puts the service together, [`engine`] is what it does,
 //! [`http`] is how it is asked, [`e2b`] how E2B's SDKs ask it.
 
+mod audit;
 mod choose;
 mod cli;
 mod dashboard;
@@ -12,6 +13,7 @@ mod e2b;
 mod engine;
 mod failpoint;
 mod http;
+mod listen;
 mod live;
 mod metrics;
 mod net;

@@ -11,26 +11,27 @@ use anyhow::{Context, bail};
 use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest, Sha256};
 use snapshotter::vmm::MachineSize;
-use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use uffd_handler::supervisor::{Supervisor, SupervisorConfig};
 
+use crate::audit::Audit;
 use crate::choose;
 use crate::cli::network::{NetworkArgs, NetworkChoice};
 use crate::cli::serve::ServeOptions;
 use crate::engine::keyring::{Keyring, MasterKey};
+use crate::engine::keys::{Account, Quotas};
 use crate::engine::{Engine, EngineConfig};
 use crate::failpoint;
-use crate::http::{self, ApiKey, App};
+use crate::http::{self, App};
+use crate::listen::Listeners;
 use crate::live::History;
 use crate::net::{NOTE, Network, NetworkConfig};
 use crate::paths::Paths;
 
 /// Pool size of a template for which no operator has set one.
 const DEFAULT_POOL_TARGET: u32 = 4;
-/// The longest life time a sandbox may ask for.
-const MAX_TIMEOUT: Duration = Duration::from_secs(30 * 24 * 3600);
 /// How long open requests may take once the service was told to stop.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -40,16 +41,21 @@ pub fn run(options: ServeOptions) -> anyhow::Result<()> {
     failpoint::arm()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
-        let listener = TcpListener::bind(options.listen).await;
-        let listener = listener.with_context(|| format!("cannot listen on {}", options.listen))?;
-        serve(options, listener, stop_signal()?).await
+        let unix = options.unix_socket.as_deref();
+        let listeners = Listeners::bind(&options.listen, unix, options.tls.clone()).await?;
+        serve(options, listeners, stop_signal()?).await
     })
 }
 
 fn init_logging() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("RETHAW_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if std::env::var("RETHAW_LOG_FORMAT").is_ok_and(|format| format == "json") {
+        log.json().init();
+    } else {
+        log.init();
+    }
 }
 
 /// Resolves when the process is asked to stop.
@@ -66,7 +72,7 @@ fn stop_signal() -> std::io::Result<impl Future<Output = &'static str>> {
 
 async fn serve(
     options: ServeOptions,
-    listener: TcpListener,
+    listeners: Listeners,
     stop: impl Future<Output = &'static str> + Send + 'static,
 ) -> anyhow::Result<()> {
     let home = &options.home;
@@ -76,13 +82,11 @@ async fn serve(
     check_socket_paths(home)?;
     let paths = Paths::find()?;
     let metrics = crate::metrics::install()?;
-    let key = if options.no_auth {
-        None
-    } else {
-        let path = home.join("api-key");
-        let key = ApiKey::from_file(&path);
-        Some(key.with_context(|| format!("API key file {}", path.display()))?)
-    };
+    let key_file = home.join("api-key");
+    let key = http::key_from_file(&key_file)
+        .with_context(|| format!("API key file {}", key_file.display()))?;
+    let audit = home.join("audit.log");
+    let audit = Audit::open(&audit).with_context(|| format!("audit log {}", audit.display()))?;
     let keys = Arc::new(open_keyring(&options)?);
     let pager = Arc::new(start_pager(home, &paths, Arc::clone(&keys))?);
     let choice = choose::choose(options.vmm, home).await?;
@@ -94,7 +98,10 @@ async fn serve(
         size: MachineSize { vcpus: 1, memory_bytes: options.memory_mib << 20 },
         flavor: options.flavor,
         default_pool_target: options.pool_target.unwrap_or(DEFAULT_POOL_TARGET),
-        max_timeout: MAX_TIMEOUT,
+        pool_targets: options.pools.clone(),
+        max_pool_target: options.max_pool_target,
+        max_timeout: options.max_timeout,
+        limits: options.limits.clone(),
         encrypt_workspaces: !options.no_encryption,
         file_backed: options.file_backed.clone(),
         working_sets: options.working_sets,
@@ -103,15 +110,20 @@ async fn serve(
     let domain = options.network.domain.clone();
     let network = start_network(home, options.network.clone()).await?;
     let engine = Engine::start(config, driver, pager, keys, network).await?;
-    tracing::info!("listening on http://{}", listener.local_addr()?);
+    engine.keys().insert_file_key(&key);
+    let nobody = || Arc::new(Account::all_powerful("no-auth", Quotas::default()));
+    let everybody = options.no_auth.then(nobody);
     let history = Arc::new(History::default());
     let recording = tokio::spawn(Arc::clone(&history).record(Arc::clone(&engine)));
     let closing = CancellationToken::new();
     let domain = domain.map(Arc::from);
-    let app = App { engine: Arc::clone(&engine), key, metrics, domain, history, closing };
-    let served = run_http(listener, app, stop).await;
+    let app =
+        App { engine: Arc::clone(&engine), everybody, audit, metrics, domain, history, closing };
+    run_http(listeners, app, stop).await;
     recording.abort();
-    served?;
+    if let Some(path) = &options.unix_socket {
+        let _ = std::fs::remove_file(path);
+    }
     if options.keep_vms {
         engine.leave().await;
         tracing::info!("stopped; sandboxes run on and are taken back by the next service");
@@ -152,28 +164,21 @@ async fn start_network(home: &Path, args: NetworkArgs) -> anyhow::Result<Option<
 }
 
 /// Serves until told to stop; then finishes open requests, but not for ever.
-async fn run_http(
-    listener: TcpListener,
-    app: App,
-    stop: impl Future<Output = &'static str> + Send + 'static,
-) -> anyhow::Result<()> {
-    let stopping = Arc::new(tokio::sync::Notify::new());
-    let told = Arc::clone(&stopping);
+async fn run_http(listeners: Listeners, app: App, stop: impl Future<Output = &'static str>) {
+    let (tell, told) = watch::channel(false);
     let closing = app.closing.clone();
-    let stop = async move {
-        let why = stop.await;
-        tracing::info!("{why}: stopping");
-        told.notify_one();
-        closing.cancel();
-    };
-    let server = axum::serve(listener, http::router(app)).with_graceful_shutdown(stop);
+    let server = listeners.serve(http::router(app), told);
+    tokio::pin!(server);
     tokio::select! {
-        done = async { server.await } => done?,
-        () = async { stopping.notified().await; tokio::time::sleep(DRAIN_DEADLINE).await } => {
-            tracing::warn!("requests still open after {DRAIN_DEADLINE:?} are dropped");
-        }
+        // It has no reason to end by itself.
+        () = &mut server => return,
+        why = stop => tracing::info!("{why}: stopping"),
     }
-    Ok(())
+    let _ = tell.send(true);
+    closing.cancel();
+    if tokio::time::timeout(DRAIN_DEADLINE, server).await.is_err() {
+        tracing::warn!("requests still open after {DRAIN_DEADLINE:?} are dropped");
+    }
 }
 
 /// One service per data directory: two would fight over every VM in it.

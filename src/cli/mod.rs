@@ -12,7 +12,9 @@ mod exec;
 mod fork;
 pub mod home;
 mod human;
+mod key;
 mod ls;
+mod man;
 mod many;
 pub mod network;
 mod output;
@@ -124,10 +126,14 @@ Exit code 1 when the service could not run here.")]
     Pool(pool::PoolArgs),
     /// Watch sandboxes, pools and latencies
     Top(top::TopArgs),
+    /// Make, list and remove API keys
+    Key(key::KeyArgs),
     /// Show that no two clones of a template are the same machine
     VerifyIdentity(verify_identity::VerifyIdentityArgs),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
+    /// Print a manual page
+    Man(man::ManArgs),
     /// Print the version of this program and of the service
     #[command(after_help = "Examples:
   rethaw version
@@ -172,6 +178,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Doctor => crate::doctor::run(cli.global.json),
         Command::Completions(args) => completions::run(&args),
+        Command::Man(args) => man::run(&args),
         command => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let result = runtime.block_on(talk(&cli.global, command));
@@ -201,8 +208,13 @@ async fn talk(global: &Global, command: Command) -> anyhow::Result<ExitCode> {
         Command::Template(args) => template::run(&cx, args).await,
         Command::Pool(args) => pool::run(&cx, args).await,
         Command::Top(args) => top::run(&cx, args).await,
+        Command::Key(args) => key::run(&cx, args).await,
         Command::VerifyIdentity(args) => verify_identity::run(&cx, args).await,
-        Command::Serve(_) | Command::Doctor | Command::Completions(_) | Command::Version => {
+        Command::Serve(_)
+        | Command::Doctor
+        | Command::Completions(_)
+        | Command::Man(_)
+        | Command::Version => {
             unreachable!("handled without a client")
         }
     }

@@ -1,8 +1,9 @@
 //! `rethaw serve`: from flags, environment and file to [`ServeOptions`], which the service runs on.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use snapshotter::image::Flavor;
@@ -10,6 +11,8 @@ use snapshotter::image::Flavor;
 use super::home;
 use super::network::NetworkArgs;
 use super::serve_file::ServeFile;
+use crate::engine::keys::Quotas;
+use crate::listen::TlsFiles;
 
 /// Where the service listens when nothing else is said.
 const DEFAULT_LISTEN: SocketAddr =
@@ -17,23 +20,41 @@ const DEFAULT_LISTEN: SocketAddr =
 /// Memory of a guest when nothing else is said.
 const DEFAULT_MEMORY_MIB: u64 = 512;
 
+/// The longest life time a sandbox may ask for when nothing else is said; more cannot be said.
+pub const MAX_TIMEOUT: u64 = 30 * 24 * 3600;
+
+/// More parked VMs than this are a typing error, not a plan.
+const MAX_POOL_TARGET: u32 = 1000;
+
 /// What the service is started with, checked and complete.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ServeOptions {
-    /// Address of the API.
-    pub listen: SocketAddr,
+    /// Addresses of the API.
+    pub listen: Vec<SocketAddr>,
+    /// Unix socket of the API.
+    pub unix_socket: Option<PathBuf>,
+    /// Certificate for `listen`.
+    pub tls: Option<TlsFiles>,
     /// Folder of images, snapshots, database and key file.
     pub home: PathBuf,
     /// Parked VMs to keep of a template without a target of its own; the service's default when
     /// absent.
     pub pool_target: Option<u32>,
+    /// Targets of single templates, where no operator has set one.
+    pub pools: BTreeMap<String, u32>,
+    /// How much all sandboxes together may have.
+    pub limits: Quotas,
+    /// The largest target a pool may be given.
+    pub max_pool_target: u32,
+    /// The longest life time a sandbox may ask for.
+    pub max_timeout: Duration,
     /// Which VMM to use.
     pub vmm: VmmChoice,
     /// Memory of a guest of the `base` template.
     pub memory_mib: u64,
     /// Kernel of the `base` template.
     pub flavor: Flavor,
-    /// Answer without an API key. Only ever true when `listen` is a loopback address.
+    /// Answer without an API key. Only ever true when every address in `listen` is a loopback one.
     pub no_auth: bool,
     /// Sandboxes outlive a stop of the service.
     pub keep_vms: bool,
@@ -95,9 +116,21 @@ impl From<FlavorChoice> for Flavor {
 The first start makes the template `base`, which takes some minutes; /readyz says how far it is.
 A flag wins over the environment, that over the file. Related: doctor, template, pool.")]
 pub struct ServeArgs {
-    /// Address of the API [default: 127.0.0.1:7070]
-    #[arg(long, env = "RETHAW_LISTEN", value_name = "ADDR")]
-    pub listen: Option<SocketAddr>,
+    /// Address of the API; may be given several times [default: 127.0.0.1:7070]
+    #[arg(long, env = "RETHAW_LISTEN", value_name = "ADDR", value_delimiter = ',')]
+    pub listen: Vec<SocketAddr>,
+
+    /// Unix socket of the API; without --listen, in place of the default address
+    #[arg(long, env = "RETHAW_UNIX_SOCKET", value_name = "PATH")]
+    pub unix_socket: Option<PathBuf>,
+
+    /// Speak TLS with this certificate chain (PEM); SIGHUP reads it again
+    #[arg(long, env = "RETHAW_TLS_CERT", value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+
+    /// Private key of the certificate (PEM)
+    #[arg(long, env = "RETHAW_TLS_KEY", value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
 
     /// Folder of images, snapshots, database and key file
     /// [default: /var/lib/rethaw as root, else $XDG_DATA_HOME/rethaw]
@@ -135,8 +168,7 @@ pub struct ServeArgs {
     #[arg(long, env = "RETHAW_GRADUATE_AFTER_SECONDS", value_name = "SECONDS")]
     pub graduate_after_seconds: Option<u64>,
 
-    /// TOML file with the same settings: listen, home, pool_target, vmm, memory_mib, flavor,
-    /// file_backed, graduate_after_seconds
+    /// TOML file with the same settings and more; docs/operations.md describes it
     #[arg(long, env = "RETHAW_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
 
@@ -145,8 +177,9 @@ pub struct ServeArgs {
     pub insecure_no_auth: bool,
 
     /// Let sandboxes run on when the service stops; the next one takes them back
-    #[arg(long)]
-    pub keep_vms: bool,
+    #[arg(long, env = "RETHAW_KEEP_VMS", num_args = 0..=1, default_missing_value = "true",
+          value_name = "BOOL", require_equals = true)]
+    pub keep_vms: Option<bool>,
 
     /// Write paused workspaces in the clear
     #[arg(long)]
@@ -183,6 +216,9 @@ pub enum ServeArgsError {
     /// No folder to keep anything in.
     #[error(transparent)]
     Home(#[from] home::HomeError),
+    /// A certificate without its key, or the other way round.
+    #[error("TLS needs both a certificate and its key: --tls-cert and --tls-key")]
+    HalfTls,
     /// Open to the network, and open to everybody.
     #[error(
         "--insecure-no-auth with {0}: anybody on that network could run code here; \
@@ -198,23 +234,40 @@ impl ServeArgs {
             Some(path) => ServeFile::read(path)?,
             None => ServeFile::default(),
         };
-        let listen = self.listen.or(file.listen).unwrap_or(DEFAULT_LISTEN);
-        if self.insecure_no_auth && !listen.ip().is_loopback() {
-            return Err(ServeArgsError::OpenToAll(listen));
+        let unix_socket = self.unix_socket.or(file.unix_socket);
+        let mut listen = if self.listen.is_empty() { file.listen } else { self.listen };
+        if listen.is_empty() && unix_socket.is_none() {
+            listen.push(DEFAULT_LISTEN);
         }
+        let open = listen.iter().find(|address| !address.ip().is_loopback());
+        if let (true, Some(open)) = (self.insecure_no_auth, open) {
+            return Err(ServeArgsError::OpenToAll(*open));
+        }
+        let tls = file.tls.unwrap_or_default();
+        let tls = match (self.tls_cert.or(tls.cert), self.tls_key.or(tls.key)) {
+            (Some(cert), Some(key)) => Some(TlsFiles { cert, key }),
+            (None, None) => None,
+            _ => return Err(ServeArgsError::HalfTls),
+        };
         let home = match self.home.or(file.home) {
             Some(dir) => dir,
             None => home::default_home()?,
         };
         Ok(ServeOptions {
             listen,
+            unix_socket,
+            tls,
             home,
+            pools: file.pools,
+            max_timeout: Duration::from_secs(file.limits.timeout_seconds.unwrap_or(MAX_TIMEOUT)),
+            max_pool_target: file.limits.pool_target.unwrap_or(MAX_POOL_TARGET),
+            limits: file.limits.quotas(),
             pool_target: self.pool_target.or(file.pool_target),
             vmm: self.vmm.or(file.vmm).unwrap_or_default(),
             memory_mib: self.memory_mib.or(file.memory_mib).unwrap_or(DEFAULT_MEMORY_MIB),
             flavor: self.flavor.or(file.flavor).map_or(Flavor::Default, Flavor::from),
             no_auth: self.insecure_no_auth,
-            keep_vms: self.keep_vms,
+            keep_vms: self.keep_vms.or(file.keep_vms).unwrap_or_default(),
             no_encryption: self.no_encryption,
             master_key_file: self.master_key_file.or(file.master_key_file),
             key_command: self.key_command.or(file.key_command),
@@ -223,5 +276,54 @@ impl ServeArgs {
             graduate_after_seconds: self.graduate_after_seconds.or(file.graduate_after_seconds),
             network: self.network.or(file.network),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, clap::Parser)]
+    struct Serve {
+        #[command(flatten)]
+        args: ServeArgs,
+    }
+
+    /// What these flags come to, with this file.
+    fn resolve(flags: &[&str], file: &str) -> Result<ServeOptions, ServeArgsError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rethaw.toml");
+        std::fs::write(&path, file).unwrap();
+        let mut args = vec!["serve", "--home", "/h", "--config", path.to_str().unwrap()];
+        args.extend(flags);
+        <Serve as clap::Parser>::try_parse_from(args).unwrap().args.resolve()
+    }
+
+    #[test]
+    fn a_flag_beats_the_file_and_that_the_default() {
+        let default = resolve(&[], "").unwrap();
+        assert_eq!(default.listen, [DEFAULT_LISTEN]);
+        assert!(!default.keep_vms && default.tls.is_none());
+        let file = "listen = \"127.0.0.1:1\"\nkeep_vms = true\nmemory_mib = 256\n";
+        let from_file = resolve(&[], file).unwrap();
+        assert_eq!(from_file.listen, ["127.0.0.1:1".parse().unwrap()]);
+        assert!(from_file.keep_vms && from_file.memory_mib == 256);
+        let flags = ["--listen", "127.0.0.1:2", "--listen", "[::1]:3", "--keep-vms=false"];
+        let from_flags = resolve(&flags, file).unwrap();
+        assert_eq!(from_flags.listen.len(), 2);
+        assert!(!from_flags.keep_vms);
+        let unix = resolve(&["--unix-socket", "/run/r.sock"], "").unwrap();
+        assert!(unix.listen.is_empty(), "a socket is enough");
+    }
+
+    #[test]
+    fn what_does_not_go_together_is_refused() {
+        let half = resolve(&["--tls-cert", "/c"], "");
+        assert!(matches!(half, Err(ServeArgsError::HalfTls)));
+        let whole = resolve(&["--tls-cert", "/c"], "[tls]\nkey = \"/k\"\n").unwrap();
+        assert_eq!(whole.tls.unwrap().key, std::path::Path::new("/k"));
+        let listen = ["--insecure-no-auth", "--listen", "127.0.0.1:1", "--listen", "0.0.0.0:1"];
+        assert!(matches!(resolve(&listen, ""), Err(ServeArgsError::OpenToAll(_))));
+        assert!(resolve(&["--insecure-no-auth"], "").unwrap().no_auth);
     }
 }

@@ -1,43 +1,37 @@
-//! The TOML file of `rethaw serve --config`.
-//!
-//! ```toml
-//! listen = "127.0.0.1:7070"
-//! home = "/var/lib/rethaw"
-//! pool_target = 8
-//! vmm = "qemu"            # auto, qemu, firecracker
-//! memory_mib = 512
-//! flavor = "default"      # default, min
-//! master_key_file = "/etc/rethaw/master-key"
-//! # or: key_command = "/usr/local/bin/kms-wrap --key rethaw"
-//! file_backed = ["base"]  # templates whose clones map the memory file
-//! graduate_after_seconds = 3600
-//!
-//! [network]
-//! mode = "auto"           # auto, on, off
-//! range = "10.231.0.0/16"
-//! dns = ["192.0.2.53"]
-//! deny_egress = ["192.168.0.0/16"]
-//! domain = "box.example.com"
-//! ```
+//! The TOML file of `rethaw serve --config`. Everything in it is optional; a name it does not know is
+//! an error. `packaging/rethaw.toml` shows every setting with its default.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use super::network::NetworkArgs;
-use super::serve::{FlavorChoice, MEMORY_MIB, VmmChoice};
+use super::serve::{FlavorChoice, MAX_TIMEOUT, MEMORY_MIB, VmmChoice};
+use crate::engine::keys::Quotas;
 
-/// What the file may say; everything is optional, and a name it does not know is an error.
-#[derive(Debug, Default, PartialEq, Eq, Deserialize)]
+/// What the file may say.
+#[derive(Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ServeFile {
-    /// Address of the API.
-    pub listen: Option<SocketAddr>,
+    /// Addresses of the API: one, or a list.
+    #[serde(default, deserialize_with = "one_or_many")]
+    pub listen: Vec<SocketAddr>,
+    /// Unix socket of the API.
+    pub unix_socket: Option<PathBuf>,
+    /// Certificate for `listen`.
+    pub tls: Option<TlsTable>,
     /// Home folder.
     pub home: Option<PathBuf>,
     /// Parked VMs of each template.
     pub pool_target: Option<u32>,
+    /// The same for single templates.
+    #[serde(default)]
+    pub pools: BTreeMap<String, u32>,
+    /// How much all sandboxes together may have.
+    #[serde(default)]
+    pub limits: LimitsTable,
     /// VMM to use.
     pub vmm: Option<VmmChoice>,
     /// Memory of a guest.
@@ -55,6 +49,60 @@ pub struct ServeFile {
     /// Networks of sandboxes.
     #[serde(default)]
     pub network: NetworkArgs,
+    /// Sandboxes outlive a stop of the service.
+    pub keep_vms: Option<bool>,
+}
+
+/// `[tls]`
+#[derive(Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsTable {
+    /// Certificate chain, PEM.
+    pub cert: Option<PathBuf>,
+    /// Its private key, PEM.
+    pub key: Option<PathBuf>,
+}
+
+/// `[limits]`
+#[derive(Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LimitsTable {
+    sandboxes: Option<u32>,
+    vcpus: Option<u32>,
+    memory_mib: Option<u64>,
+    disk_mib: Option<u64>,
+    claims_per_second: Option<f64>,
+    /// The largest target a pool may be given.
+    pub pool_target: Option<u32>,
+    /// The longest life time a sandbox may ask for.
+    pub timeout_seconds: Option<u64>,
+}
+
+impl LimitsTable {
+    /// As the engine takes them.
+    pub fn quotas(&self) -> Quotas {
+        let bytes = |mib: Option<u64>| mib.map(|mib| mib.saturating_mul(1 << 20));
+        Quotas {
+            sandboxes: self.sandboxes,
+            vcpus: self.vcpus,
+            memory_bytes: bytes(self.memory_mib),
+            disk_bytes: bytes(self.disk_mib),
+            claims_per_second: self.claims_per_second,
+        }
+    }
+}
+
+fn one_or_many<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<SocketAddr>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "an address like \"127.0.0.1:7070\", or a list of them")]
+    enum Listen {
+        One(SocketAddr),
+        Many(Vec<SocketAddr>),
+    }
+    Ok(match Listen::deserialize(from)? {
+        Listen::One(address) => vec![address],
+        Listen::Many(addresses) => addresses,
+    })
 }
 
 /// Why a file cannot be used.
@@ -96,6 +144,16 @@ impl ServeFile {
                 MEMORY_MIB.end()
             ));
         }
+        let longest = file.limits.timeout_seconds.unwrap_or(MAX_TIMEOUT);
+        if !(1..=MAX_TIMEOUT).contains(&longest) {
+            let name = "limits.timeout_seconds";
+            return Err(format!("{name} is {longest}; it must be 1 to {MAX_TIMEOUT}"));
+        }
+        if let Some(rate) =
+            file.limits.claims_per_second.filter(|rate| rate.is_nan() || *rate <= 0.0)
+        {
+            return Err(format!("limits.claims_per_second is {rate}; it must be above 0"));
+        }
         Ok(file)
     }
 }
@@ -104,27 +162,49 @@ impl ServeFile {
 mod tests {
     use super::*;
 
+    /// The file that comes with the package, with every setting switched on.
+    fn example() -> String {
+        let text = include_str!("../../packaging/rethaw.toml");
+        fn setting(line: &str) -> Option<&str> {
+            let line = line.strip_prefix('#')?;
+            line.starts_with(|c: char| c.is_ascii_lowercase() || c == '[').then_some(line)
+        }
+        let lines = text.lines().map(|line| setting(line).unwrap_or(line));
+        lines.collect::<Vec<_>>().join("\n")
+    }
+
     #[test]
-    fn all_settings_are_read() {
-        let text = "listen = \"0.0.0.0:80\"\nhome = \"/srv\"\npool_target = 8\n\
-                    vmm = \"qemu\"\nmemory_mib = 256\nflavor = \"min\"\nfile_backed = [\"base\"]\n\
-                    [network]\nmode = \"off\"\nrange = \"10.9.0.0/16\"\n";
-        let file = ServeFile::parse(text).unwrap();
-        assert_eq!(file.listen, Some("0.0.0.0:80".parse().unwrap()));
-        assert_eq!(file.home, Some("/srv".into()));
-        assert_eq!(file.pool_target, Some(8));
-        assert_eq!(file.vmm, Some(VmmChoice::Qemu));
-        assert_eq!(file.memory_mib, Some(256));
-        assert_eq!(file.flavor, Some(FlavorChoice::Min));
-        assert_eq!(file.file_backed, Some(vec!["base".to_owned()]));
-        assert_eq!(file.network.range, Some([10, 9, 0, 0].into()));
+    fn the_example_shows_every_setting() {
+        let file = ServeFile::parse(&example()).unwrap();
+        let said = format!("{file:?}");
+        assert!(!said.contains("None") && !said.contains("[]") && !said.contains("{}"), "{said}");
+        assert_eq!(file.limits.quotas().memory_bytes, Some(16 << 30));
+        assert_eq!(
+            ServeFile::parse(include_str!("../../packaging/rethaw.toml")).unwrap(),
+            ServeFile { keep_vms: Some(true), ..ServeFile::default() }
+        );
+    }
+
+    #[test]
+    fn one_address_or_several() {
+        let one = ServeFile::parse("listen = \"0.0.0.0:80\"").unwrap();
+        assert_eq!(one.listen, ["0.0.0.0:80".parse().unwrap()]);
+        let two = ServeFile::parse("listen = [\"127.0.0.1:80\", \"[::1]:80\"]").unwrap();
+        assert_eq!(two.listen.len(), 2);
     }
 
     #[test]
     fn a_slip_is_named_with_its_place() {
-        let error = ServeFile::parse("pool_size = 8\n").unwrap_err();
-        assert!(error.contains("line 1") && error.contains("pool_size"), "{error}");
-        let error = ServeFile::parse("memory_mib = 4\n").unwrap_err();
-        assert!(error.contains("memory_mib is 4"), "{error}");
+        for (text, wanted) in [
+            ("pool_size = 8\n", &["line 1", "pool_size"][..]),
+            ("memory_mib = 4\n", &["memory_mib is 4"]),
+            ("listen = \"everywhere\"\n", &["line 1", "an address like"]),
+            ("[limits]\ncpus = 4\n", &["line 2", "cpus"]),
+            ("[limits]\ntimeout_seconds = 0\n", &["limits.timeout_seconds is 0"]),
+            ("[limits]\nclaims_per_second = 0\n", &["claims_per_second"]),
+        ] {
+            let error = ServeFile::parse(text).unwrap_err();
+            assert!(wanted.iter().all(|w| error.contains(w)), "{text}: {error}");
+        }
     }
 }

@@ -78,7 +78,7 @@ pub fn routes() -> Router<App> {
 }
 
 async fn page(State(app): State<App>) -> Response {
-    let key = if app.key.is_some() { "needed" } else { "none" };
+    let key = if app.everybody.is_none() { "needed" } else { "none" };
     // Depends on the settings, so it is never taken from a cache.
     let body = PAGE.replace(KEY_MARK, key);
     (protect("text/html; charset=utf-8"), body).into_response()

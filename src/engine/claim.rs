@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 use snapshotter::vmm::{MemoryBackend, VmRecord};
 use time::OffsetDateTime;
 use tokio::sync::watch;
+use tracing::Instrument;
 
 use super::Engine;
 use super::db::DbError;
 use super::identity::Owner;
 use super::lifecycle::{self, Reidentified, RestoreError, millis};
 use super::parked::Parked;
+use super::quota::{QuotaError, Size};
 use super::sandbox::{OnTimeout, Origin, Sandbox, SandboxData};
 use super::template::{ReadyTemplate, TemplateState};
 use super::token::AccessToken;
@@ -28,6 +30,8 @@ const PARKED_TRIES: u32 = 3;
 pub struct CreateRequest {
     /// Template name.
     pub template: String,
+    /// Id of the API key that asks.
+    pub owner: Option<String>,
     /// Life time.
     pub timeout: Duration,
     /// What happens when it is over.
@@ -69,6 +73,9 @@ pub enum CreateError {
         /// What is being done, or why it failed.
         detail: String,
     },
+    /// It would be more than the key or the service may have.
+    #[error(transparent)]
+    Quota(#[from] QuotaError),
     /// No VM could be made usable.
     #[error(transparent)]
     Restore(#[from] RestoreError),
@@ -98,9 +105,14 @@ impl Engine {
     /// finished or undone also if the caller goes away.
     pub async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<Created, CreateError> {
         let template = self.ready_template(&request.template)?;
+        let admission = self.admit(request.owner.as_deref(), Size::of(&template), 1)?;
         let engine = Arc::clone(self);
         let name = template.name.clone();
-        let work = tokio::spawn(async move { engine.claim(&template, request).await });
+        let work = async move {
+            let _room = admission;
+            engine.claim(&template, request).await
+        };
+        let work = tokio::spawn(work.in_current_span());
         match work.await {
             Ok(done) => {
                 if done.is_err() {
@@ -245,6 +257,8 @@ impl Engine {
             id: vm.id.clone(),
             template: source.name.clone(),
             origin,
+            owner: request.owner,
+            size: Size::of(source),
             metadata: request.metadata,
             env: request.env,
             created_at: now,
@@ -275,6 +289,7 @@ impl Engine {
         live::changed();
         self.expiries.set(&vm.id, sandbox.ends_at());
         self.watch_sandbox(&sandbox, process);
+        tracing::info!(sandbox = %vm.id, template = %source.name, origin = origin.as_str(), "sandbox made");
         Ok(Created { sandbox, access_token: token.secret })
     }
 

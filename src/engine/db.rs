@@ -5,6 +5,7 @@
 //! either a VM to take back or one to clean up.
 
 mod idempotency;
+mod keys;
 mod schema;
 mod templates;
 mod vms;

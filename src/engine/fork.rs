@@ -7,10 +7,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tracing::Instrument;
+
 use super::claim::{CreateError, CreateRequest, Created};
 use super::identity::Owner;
 use super::lifecycle;
 use super::pause::{TransitionError, machine_of};
+use super::quota::Size;
 use super::sandbox::{Origin, Sandbox};
 use super::state::Event;
 use super::template::ReadyTemplate;
@@ -26,9 +29,15 @@ impl Engine {
         made_by: Option<String>,
     ) -> Result<Vec<Result<Created, CreateError>>, TransitionError> {
         let sandbox = self.sandbox(id)?;
+        // Clones belong to whom the source belongs to, whoever asked for them.
+        let (owner, size) = sandbox.with_data(|d| (d.owner.clone(), d.size));
+        let admission = self.admit(owner.as_deref(), Size { sandboxes: 1, ..size }, count)?;
         let engine = Arc::clone(self);
-        let work =
-            tokio::spawn(async move { engine.fork_now(&sandbox, count, made_by.as_deref()).await });
+        let work = async move {
+            let _room = admission;
+            engine.fork_now(&sandbox, count, made_by.as_deref()).await
+        };
+        let work = tokio::spawn(work.in_current_span());
         match work.await {
             Ok(done) => done,
             Err(e) => std::panic::resume_unwind(e.into_panic()),
@@ -124,6 +133,7 @@ impl Engine {
         let data = sandbox.data();
         let request = CreateRequest {
             template: data.template.clone(),
+            owner: data.owner.clone(),
             timeout: Duration::from_secs(data.timeout_seconds),
             on_timeout: data.on_timeout,
             metadata: data.metadata,

@@ -17,11 +17,13 @@ mod fork;
 pub mod identity;
 pub mod ids;
 pub mod keyring;
+pub mod keys;
 pub mod lifecycle;
 mod lint;
 mod parked;
 mod pause;
 mod pool;
+pub mod quota;
 mod recover;
 pub mod sandbox;
 mod spare;
@@ -31,7 +33,7 @@ mod token;
 mod ttl;
 mod workspace;
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -42,11 +44,13 @@ use snapshotter::store::Store;
 use snapshotter::vmm::{Driver, MachineSize};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tracing::Instrument;
 use uffd_handler::supervisor::Supervisor;
 
 pub use claim::{CreateError, CreateRequest};
 use db::{Db, DbError};
 use keyring::Keyring;
+use keys::{Account, Keys, Quotas};
 use lifecycle::RestoreContext;
 pub use pause::{TokenChoice, TransitionError};
 use pool::Pool;
@@ -75,6 +79,10 @@ pub struct EngineConfig {
     pub flavor: Flavor,
     /// Pool size of a template for which no operator has set one.
     pub default_pool_target: u32,
+    /// The same for single templates.
+    pub pool_targets: BTreeMap<String, u32>,
+    /// The largest target a pool may be given.
+    pub max_pool_target: u32,
     /// The longest life time a sandbox may ask for.
     pub max_timeout: Duration,
     /// Whether paused workspaces are encrypted, each with a key of its own.
@@ -85,6 +93,8 @@ pub struct EngineConfig {
     pub working_sets: bool,
     /// How long a sandbox lives until all its memory is put in place.
     pub graduate_after: Option<Duration>,
+    /// How much all sandboxes together may have.
+    pub limits: Quotas,
 }
 
 /// Where VM directories are.
@@ -103,6 +113,9 @@ pub struct Engine {
     templates: DashMap<String, Arc<Template>>,
     pools: DashMap<String, Arc<Pool>>,
     sandboxes: DashMap<String, Arc<Sandbox>>,
+    keys: Keys,
+    // All sandboxes together, as far as quotas go.
+    limits: Arc<Account>,
     expiries: ttl::Expiries,
     // Snapshots in use by an operation that no sandbox shows yet.
     pinned: Mutex<HashSet<String>>,
@@ -180,9 +193,13 @@ impl Engine {
         let run = run_dir(&config.home);
         std::fs::create_dir_all(&run).map_err(dir(&run))?;
         let db = Db::open(&config.home.join("state.db"))?;
+        let api_keys = Keys::load(db.clone()).await?;
+        let limits = Arc::new(Account::all_powerful("the service", config.limits.clone()));
         let key = config.home.join(token::FILE);
         let tokens = TokenKey::open(&key).map_err(dir(&key))?;
         let engine = Arc::new(Self {
+            keys: api_keys,
+            limits,
             tokens,
             context: RestoreContext {
                 driver,
@@ -234,6 +251,11 @@ impl Engine {
     /// Durable state.
     pub fn db(&self) -> &Db {
         &self.context.db
+    }
+
+    /// The API keys.
+    pub fn keys(&self) -> &Keys {
+        &self.keys
     }
 
     /// The VMM driver.
@@ -309,7 +331,9 @@ impl Engine {
         ready: Arc<template::ReadyTemplate>,
     ) -> Result<(), DbError> {
         let target = self.context.db.pool_target(&ready.name).await?;
-        let target = target.unwrap_or(self.config.default_pool_target);
+        let target = target
+            .or_else(|| self.config.pool_targets.get(&ready.name).copied())
+            .unwrap_or(self.config.default_pool_target);
         let name = ready.name.clone();
         let pool = Pool::new(ready, self.context.clone(), target, self.claims.subscribe());
         self.pools.insert(name, Arc::clone(&pool));
@@ -403,7 +427,8 @@ impl Engine {
     pub async fn delete(self: &Arc<Self>, id: &str) -> Result<(), SandboxError> {
         let sandbox = self.sandbox(id)?;
         let engine = Arc::clone(self);
-        let work = tokio::spawn(async move { engine.remove(sandbox, "deleted", None).await });
+        let work = async move { engine.remove(sandbox, "deleted", None).await };
+        let work = tokio::spawn(work.in_current_span());
         match work.await {
             Ok(done) => done,
             // The task panicked; the VM is still listed and can be deleted again.

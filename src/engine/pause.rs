@@ -11,9 +11,11 @@ use std::time::{Duration, Instant};
 use guest_agent::client::{AgentClient, AgentError};
 use guest_agent::wire::{Base64, FreezeRequest, ResumeRequest};
 use rand::RngCore;
+use tracing::Instrument;
 
 use super::db::{DbError, Stage};
 use super::lifecycle::{Machine, RestoreError, Spawned, Timings, millis};
+use super::quota::QuotaError;
 use super::sandbox::{Origin, Sandbox};
 use super::state::Event;
 use super::template::ReadyTemplate;
@@ -33,6 +35,9 @@ pub enum TransitionError {
     /// Not there, or in another state.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
+    /// It would be more than its key or the service may have.
+    #[error(transparent)]
+    Quota(#[from] QuotaError),
     /// It could not be written, or what was written cannot be used.
     #[error(transparent)]
     Workspace(#[from] WorkspaceError),
@@ -58,7 +63,8 @@ impl Engine {
     pub async fn pause(self: &Arc<Self>, id: &str) -> Result<Arc<Sandbox>, TransitionError> {
         let sandbox = self.sandbox(id)?;
         let (engine, paused) = (Arc::clone(self), Arc::clone(&sandbox));
-        let work = tokio::spawn(async move { engine.pause_now(&paused).await });
+        let work = async move { engine.pause_now(&paused).await };
+        let work = tokio::spawn(work.in_current_span());
         match work.await {
             Ok(done) => done.map(|()| sandbox),
             Err(e) => std::panic::resume_unwind(e.into_panic()),
@@ -196,7 +202,8 @@ impl Engine {
     ) -> Result<(Arc<Sandbox>, String), TransitionError> {
         let sandbox = self.sandbox(id)?;
         let (engine, resumed) = (Arc::clone(self), Arc::clone(&sandbox));
-        let work = tokio::spawn(async move { engine.resume_now(&resumed, timeout, token).await });
+        let work = async move { engine.resume_now(&resumed, timeout, token).await };
+        let work = tokio::spawn(work.in_current_span());
         match work.await {
             Ok(done) => done.map(|token| (sandbox, token)),
             Err(e) => std::panic::resume_unwind(e.into_panic()),
@@ -210,6 +217,7 @@ impl Engine {
         token: TokenChoice,
     ) -> Result<String, TransitionError> {
         let mut slot = sandbox.machine.lock().await;
+        let room = self.readmit(sandbox)?;
         let started = Instant::now();
         sandbox.apply(Event::Resume)?;
         let data = sandbox.data();
@@ -223,7 +231,9 @@ impl Engine {
             TokenChoice::Same => self.tokens.again(&data.token_nonce),
         };
         let token = old.unwrap_or_else(|| self.tokens.issue());
-        match self.restore_paused(sandbox, &snapshot, &token, timeout, started).await {
+        let restored = self.restore_paused(sandbox, &snapshot, &token, timeout, started).await;
+        drop(room);
+        match restored {
             Ok(machine) => {
                 let process = Arc::clone(&machine.vm);
                 sandbox.set_agent(Some(machine.agent.clone()));

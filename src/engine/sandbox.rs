@@ -14,6 +14,7 @@ use utoipa::ToSchema;
 use super::SandboxError;
 use super::db::StoredIdentity;
 use super::lifecycle::{Machine, Timings};
+use super::quota::Size;
 use super::state::Event;
 pub use super::state::State;
 use crate::live;
@@ -66,6 +67,12 @@ pub struct SandboxData {
     pub template: String,
     /// Where its machine came from.
     pub origin: Origin,
+    /// Id of the API key that made it.
+    #[serde(default)]
+    pub owner: Option<String>,
+    /// What it takes.
+    #[serde(default)]
+    pub size: Size,
     /// The user's own labels.
     pub metadata: BTreeMap<String, String>,
     /// Environment that every command gets.
@@ -197,6 +204,11 @@ impl Sandbox {
     /// What is stored of it.
     pub fn data(&self) -> SandboxData {
         read(&self.data)
+    }
+
+    /// Looks at what is stored of it without a copy.
+    pub fn with_data<T>(&self, look: impl FnOnce(&SandboxData) -> T) -> T {
+        look(&self.data.read().unwrap_or_else(std::sync::PoisonError::into_inner))
     }
 
     /// Changes what is stored of it and returns the result.

@@ -13,7 +13,9 @@ use utoipa::ToSchema;
 
 use super::request_id;
 use crate::engine::db::DbError;
+use crate::engine::keys::{KeyError, Scope};
 use crate::engine::lifecycle::RestoreError;
+use crate::engine::quota::QuotaError;
 use crate::engine::sandbox::State;
 use crate::engine::{
     CreateError, NetworkChangeError, SandboxError, TransitionError, WorkspaceError,
@@ -133,11 +135,24 @@ impl ApiError {
         Self::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
     }
 
+    /// A plain request to a route that is a WebSocket.
+    pub fn websocket_needed(why: &str) -> Self {
+        let message = format!("this route is a WebSocket: {why}");
+        Self::new(StatusCode::UPGRADE_REQUIRED, "websocket_needed", message)
+    }
+
     /// No or wrong key.
     pub fn unauthorized() -> Self {
         let message = "missing or wrong API key: send it as \"Authorization: Bearer KEY\" or \
                        \"X-API-Key: KEY\"";
         Self::new(StatusCode::UNAUTHORIZED, "unauthorized", message)
+    }
+
+    /// A key that may not do this.
+    pub fn forbidden(key: &str, scope: Scope) -> Self {
+        let scope = scope.as_str();
+        let message = format!("the API key {key:?} lacks the scope {scope:?}");
+        Self::new(StatusCode::FORBIDDEN, "forbidden", message)
     }
 
     /// No such template.
@@ -186,6 +201,28 @@ impl From<DbError> for ApiError {
     }
 }
 
+impl From<QuotaError> for ApiError {
+    fn from(e: QuotaError) -> Self {
+        let code = match e {
+            QuotaError::Full { .. } => "quota_exceeded",
+            QuotaError::TooFast { .. } => "too_many_claims",
+        };
+        let seconds = e.retry_after().as_secs_f64().ceil().max(1.0) as u32;
+        Self::new(StatusCode::TOO_MANY_REQUESTS, code, e.to_string()).retry_after(seconds)
+    }
+}
+
+impl From<KeyError> for ApiError {
+    fn from(e: KeyError) -> Self {
+        let message = e.to_string();
+        match e {
+            KeyError::NameTaken(_) => Self::new(StatusCode::CONFLICT, "name_taken", message),
+            KeyError::NotFound(_) => Self::new(StatusCode::NOT_FOUND, "key_not_found", message),
+            KeyError::Db(e) => e.into(),
+        }
+    }
+}
+
 impl From<SandboxError> for ApiError {
     fn from(e: SandboxError) -> Self {
         let message = e.to_string();
@@ -211,6 +248,7 @@ impl From<CreateError> for ApiError {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "template_not_ready", message)
                     .retry_after(5)
             }
+            CreateError::Quota(e) => e.into(),
             CreateError::Restore(e) => e.into(),
             CreateError::Db(e) => e.into(),
         }
@@ -234,6 +272,7 @@ impl From<TransitionError> for ApiError {
     fn from(e: TransitionError) -> Self {
         match e {
             TransitionError::Sandbox(e) => e.into(),
+            TransitionError::Quota(e) => e.into(),
             TransitionError::Restore(e) => e.into(),
             TransitionError::Db(e) => e.into(),
             TransitionError::Workspace(e @ WorkspaceError::NoTemplate(_)) => {

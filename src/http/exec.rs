@@ -25,7 +25,7 @@ use super::sandboxes::check_env;
 use crate::engine::sandbox::{InUse, Sandbox, State as SandboxState};
 
 /// How long the guest may take to start a command.
-const START_DEADLINE: Duration = Duration::from_secs(30);
+pub const START_DEADLINE: Duration = Duration::from_secs(30);
 /// Most that a buffered reply holds of each stream; more is cut and said to be.
 const MAX_BUFFERED: usize = 8 << 20;
 const MAX_TIMEOUT_SECONDS: f64 = 24.0 * 3600.0;

@@ -1,12 +1,13 @@
 //! `/v1/sandboxes/{id}/files?path=`: bytes in and out, streamed both ways, nothing kept here.
 
 use axum::body::Body;
-use axum::extract::{Path, Request, State};
+use axum::extract::{Path, Query, Request, State};
 use axum::http::{HeaderName, Method, StatusCode, header};
 use axum::response::Response;
 use guest_agent::client::{AgentClient, RequestBody};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
+use serde::Deserialize;
 use utoipa::IntoParams;
 
 use super::App;
@@ -22,12 +23,11 @@ const MAX_ERROR: usize = 64 << 10;
 const ANSWER_DEADLINE: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// Which file
-#[derive(Debug, IntoParams)]
+#[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
-#[expect(dead_code, reason = "the query goes to the guest as it came; this describes it")]
 pub struct FileQuery {
     /// Absolute path in the guest, without `.` and `..`
-    #[param(pattern = r"^/([^/\x00]+/?)*$", max_length = 4095)]
+    #[param(pattern = r"^/([^/\x00]{1,255}/?)*$", max_length = 4095)]
     path: String,
 }
 
@@ -87,6 +87,10 @@ pub async fn delete(
     Path(id): Path<String>,
     request: Request,
 ) -> Result<Response, ApiError> {
+    let query = Query::<FileQuery>::try_from_uri(request.uri());
+    if query.is_ok_and(|q| q.path.starts_with('/') && q.path.bytes().all(|b| b == b'/')) {
+        return Err(ApiError::invalid("path: the root folder cannot be removed"));
+    }
     pass(&app, &id, request).await
 }
 

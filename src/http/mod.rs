@@ -10,22 +10,26 @@
 //! /v1/sandboxes[/{id}[/timeout]]       sandboxes.rs
 //! /v1/sandboxes/{id}/{pause,resume,fork}  transitions.rs
 //! /v1/sandboxes/{id}/exec              exec.rs
-//! /v1/sandboxes/{id}/pty               pty.rs
+//! /v1/sandboxes/{id}/pty               pty.rs       WebSocket
 //! /v1/sandboxes/{id}/files             files.rs
 //! /v1/sandboxes/{id}/network           network.rs
 //! /v1/sandboxes/{id}/ports/{port}/...  ports.rs     the sandbox's token does, too
 //! {port}-{id}.{domain}                 ports.rs     likewise
 //! /v1/templates[/{name}]               templates.rs
 //! /v1/pools[/{template}]               pools.rs
+//! /v1/keys[/{id}]                      keys.rs
 //! /sandboxes /v2/... /process.Process/... /files ...   what E2B's SDKs ask for: crate::e2b
 //! ```
+//!
+//! What a route asks of the key that comes with a request: see [`access`].
 //!
 //! Every POST but exec takes an `Idempotency-Key`: see [`idempotency`].
 //!
 //! Engine errors become status codes here and nowhere else: see [`error`]. How a route gets into
 //! the OpenAPI document: see [`openapi`].
 
-mod auth;
+mod access;
+pub mod auth;
 pub mod error;
 mod events;
 mod exec;
@@ -33,6 +37,7 @@ pub mod files;
 pub mod host;
 pub mod idempotency;
 pub mod json;
+mod keys;
 mod network;
 mod openapi;
 mod ops;
@@ -49,18 +54,20 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::routing::{any, get};
+use axum::routing::any;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio_util::sync::CancellationToken;
 use utoipa::OpenApi;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
 
-pub use auth::{ApiKey, KEY_PREFIX};
+pub use auth::{KEY_PREFIX, key_from_file};
 pub use error::ApiError;
 
+use crate::audit::Audit;
 use crate::e2b;
 use crate::engine::Engine;
+use crate::engine::keys::Account;
 use crate::live::History;
 
 /// Longest JSON body; files are streamed and not bound by it.
@@ -71,8 +78,10 @@ pub const MAX_JSON_BYTES: usize = 1 << 20;
 pub struct App {
     /// The engine.
     pub engine: Arc<Engine>,
-    /// The API key, or `None` when the operator switched keys off.
-    pub key: Option<ApiKey>,
+    /// Who everybody is taken for, when the operator switched keys off.
+    pub everybody: Option<Arc<Account>>,
+    /// Who changed what.
+    pub audit: Audit,
     /// Renders `/metrics`.
     pub metrics: PrometheusHandle,
     /// Domain of the host names of ports; any where there is none.
@@ -87,6 +96,7 @@ pub struct App {
 pub fn router(app: App) -> Router {
     let key = axum::middleware::from_fn_with_state(app.clone(), auth::require_key);
     let once = axum::middleware::from_fn_with_state(app.clone(), idempotency::once);
+    let track = axum::middleware::from_fn_with_state(app.audit.clone(), request_id::track);
     let (router, _) = routes(|v1| v1.layer(once.clone()).layer(key.clone())).split_for_parts();
     router
         .merge(e2b::control_routes().layer(once).layer(key))
@@ -97,7 +107,7 @@ pub fn router(app: App) -> Router {
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
         .layer(axum::middleware::from_fn_with_state(app.clone(), ports::by_host))
         .layer(axum::middleware::from_fn_with_state(app.clone(), e2b::by_host))
-        .layer(axum::middleware::from_fn(request_id::track))
+        .layer(track)
         .with_state(app)
 }
 
@@ -133,12 +143,13 @@ fn v1() -> OpenApiRouter<App> {
         .routes(routes!(transitions::fork))
         .routes(routes!(network::get, network::change))
         .routes(routes!(exec::exec))
-        // A WebSocket is nothing that OpenAPI could describe.
-        .route("/sandboxes/{id}/pty", get(pty::pty))
+        .routes(routes!(pty::pty))
         .routes(routes!(templates::list))
         .routes(routes!(templates::get))
         .routes(routes!(pools::list))
         .routes(routes!(pools::get, pools::set))
+        .routes(routes!(keys::list, keys::create))
+        .routes(routes!(keys::delete))
         .layer(DefaultBodyLimit::max(MAX_JSON_BYTES))
         // Streamed: no limit but the guest's disk.
         .routes(routes!(files::get, files::put, files::delete).layer(DefaultBodyLimit::disable()))

@@ -33,6 +33,7 @@ use super::error::Problem;
         (name = "sandboxes", description = "Sandboxes and what happens in them"),
         (name = "templates", description = "What sandboxes are made from"),
         (name = "pools", description = "How many VMs wait"),
+        (name = "keys", description = "Who may ask, for what, and for how much"),
         (name = "service", description = "The service itself"),
     ),
     components(schemas(Problem)),
@@ -96,8 +97,10 @@ fn is_public(path: &str) -> bool {
 const COMMON: &[(&str, &str, &str)] = &[
     ("400", "Malformed", "`malformed_request`"),
     ("401", "Unauthorized", "`unauthorized`"),
+    ("403", "Forbidden", "`forbidden`: the key lacks the scope"),
     ("404", "NotFound", "Nothing of that name"),
     ("422", "Invalid", "`invalid_field`"),
+    ("429", "TooMany", "`quota_exceeded`, `too_many_claims`; see `Retry-After`"),
     ("500", "Failed", "`state_store_failed`"),
     ("503", "Unavailable", "Not now; see `Retry-After`"),
 ];

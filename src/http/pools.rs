@@ -11,9 +11,6 @@ use super::error::ApiError;
 use super::json::JsonBody;
 use crate::engine::PoolNumbers;
 
-/// More parked VMs than this are a typing error, not a plan.
-const MAX_TARGET: u32 = 1000;
-
 /// A pool
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Pool)]
@@ -89,8 +86,9 @@ pub async fn set(
     Path(template): Path<String>,
     JsonBody(body): JsonBody<PoolBody>,
 ) -> Result<Json<PoolView>, ApiError> {
-    if body.target > MAX_TARGET {
-        let message = format!("target: {} is above {MAX_TARGET}", body.target);
+    let max = app.engine.config().max_pool_target;
+    if body.target > max {
+        let message = format!("target: {} is above {max}", body.target);
         return Err(ApiError::invalid(message));
     }
     let found = app.engine.set_pool_target(&template, body.target).await?;

@@ -1,7 +1,7 @@
 //! Ports of sandboxes, for HTTP and WebSocket: `ANY /v1/sandboxes/{id}/ports/{port}/...`, and any
 //! path under the host name `{port}-{id}.{domain}`.
 //!
-//! Who shows the service's key or the sandbox's token passes, and so does everybody where the port
+//! Who shows a key that may use the sandbox or its token passes, and so does everybody where the port
 //! was made public; what was shown is not passed on. A sandbox with a network is connected to over
 //! it. Servers that listen on the guest's loopback address only, and sandboxes without a network, are
 //! reached through the agent.
@@ -23,6 +23,7 @@ use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional};
 use tokio::net::TcpStream;
 
 use super::App;
+use super::auth::account_of;
 use super::error::ApiError;
 use super::exec::agent_of;
 use super::host::port_and_id;
@@ -147,7 +148,8 @@ fn authorize(
     let is_ours = |shown: &str| {
         let digest = hex::encode(Sha256::digest(shown.as_bytes()));
         data.is_some_and(|data| data.token_sha256 == digest)
-            || app.key.as_ref().is_some_and(|key| key.matches(shown))
+            || account_of(app, shown)
+                .is_some_and(|a| data.is_none_or(|d| a.key.may_use(d.owner.as_deref())))
     };
     let mut shown = false;
     for name in [TOKEN, API_KEY, header::AUTHORIZATION] {
@@ -159,7 +161,7 @@ fn authorize(
         }
     }
     let public = data.is_some_and(|data| data.network.public_ports.contains(&port));
-    if shown || public || app.key.is_none() {
+    if shown || public || app.everybody.is_some() {
         return Ok(());
     }
     let message = format!(

@@ -1,51 +1,88 @@
-//! `GET /v1/sandboxes/{id}/pty`: a shell on a terminal, over a WebSocket.
+//! `GET /v1/sandboxes/{id}/pty`: a terminal over a WebSocket.
 //!
 //! Binary messages are the terminal's bytes in both directions. Text messages are JSON:
-//! `{"resize":{"cols":80,"rows":24}}` from the client, `{"exit":{"code":0}}` from here, last. The
-//! shell ends with its connection.
+//! `{"resize":{"cols":80,"rows":24}}` from the client, at the end one `{"exit":{"code":0}}` or
+//! `{"error":{"error_code":"...","message":"..."}}` from here. The shell ends with the connection.
 
-use axum::extract::ws::{Message, Utf8Bytes, WebSocket, WebSocketUpgrade};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
 use axum::extract::{Path, Query, State};
 use axum::response::Response;
-use futures_util::stream::SplitStream;
+use bytes::Bytes;
+use futures_util::stream::SplitSink;
 use futures_util::{SinkExt, StreamExt};
-use guest_agent::client::{AgentClient, AgentError, ExecSender, ExecStream};
-use guest_agent::wire::{Base64, ExecFrame, ExecInput, ExecRequest, PtySize, codes};
+use guest_agent::client::{AgentError, ExecSender, ExecStream};
+use guest_agent::wire::{Base64, ErrorBody, ExecFrame, ExecInput, ExecRequest, PtySize};
 use serde::Deserialize;
-use serde_json::json;
-use std::time::Duration;
+use serde_json::{Value, json};
+use utoipa::IntoParams;
 
 use super::App;
 use super::error::ApiError;
-use super::exec::agent_of;
+use super::exec::{START_DEADLINE, agent_of};
 
-/// How long the guest may take to start a shell.
-const START_DEADLINE: Duration = Duration::from_secs(30);
-/// A client that takes nothing for this long is gone.
-const SEND_DEADLINE: Duration = Duration::from_secs(60);
-/// Longest message from the client: a paste comes in many.
+/// A login shell: bash where there is one.
+const SHELL: &str = "if command -v bash >/dev/null; then exec bash -l; else exec sh -l; fi";
+/// Longest message from a client: a very large paste.
 const MAX_MESSAGE: usize = 1 << 20;
+/// Longest that a client may take for one message.
+const SEND_DEADLINE: Duration = Duration::from_secs(60);
 
-/// The parameters.
-#[derive(Debug, Deserialize)]
+/// The terminal
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub struct PtyQuery {
-    #[serde(default = "eighty")]
-    cols: u16,
-    #[serde(default = "twenty_four")]
-    rows: u16,
+    /// Columns; 80 when absent
+    #[param(minimum = 1, maximum = 1000)]
+    cols: Option<u16>,
+    /// Rows; 24 when absent
+    #[param(minimum = 1, maximum = 1000)]
+    rows: Option<u16>,
+    /// Kind of terminal; `xterm` when absent
+    #[param(pattern = "^[A-Za-z0-9._+-]{1,64}$")]
     term: Option<String>,
+    /// User to run the shell as; `root` when absent
     user: Option<String>,
 }
 
-fn eighty() -> u16 {
-    80
+impl PtyQuery {
+    fn request(self) -> Result<ExecRequest, ApiError> {
+        let within = |name: &str, value: Option<u16>, usual| match value.unwrap_or(usual) {
+            value @ 1..=1000 => Ok(value),
+            value => Err(ApiError::invalid(format!("{name}: {value} is not between 1 and 1000"))),
+        };
+        let size =
+            PtySize { cols: within("cols", self.cols, 80)?, rows: within("rows", self.rows, 24)? };
+        let term = self.term.unwrap_or_else(|| "xterm".to_owned());
+        let fits = |b: u8| b.is_ascii_alphanumeric() || b"._+-".contains(&b);
+        if !(1..=64).contains(&term.len()) || !term.bytes().all(fits) {
+            return Err(ApiError::invalid(format!("term: {term:?} is no name of a terminal")));
+        }
+        Ok(ExecRequest {
+            argv: ["/bin/sh", "-c", SHELL].map(str::to_owned).to_vec(),
+            env: BTreeMap::from([("TERM".to_owned(), term)]),
+            user: self.user,
+            stdin_stream: true,
+            pty: Some(size),
+            ..ExecRequest::default()
+        })
+    }
 }
 
-fn twenty_four() -> u16 {
-    24
-}
-
-/// The handler.
+/// Open a terminal
+///
+/// A WebSocket. Binary messages are the terminal's bytes in both directions; text messages are JSON:
+/// `{"resize":{"cols":80,"rows":24}}` from the client, one `{"exit":{"code":0}}` at the end.
+#[utoipa::path(get, path = "/sandboxes/{id}/pty", tag = "sandboxes", operation_id = "open_pty",
+    params(("id" = String, Path, description = "A sandbox", pattern = "^[a-z0-9]{20}$"), PtyQuery),
+    responses((status = 101, description = "The WebSocket"),
+        (status = 409, description = "`wrong_state`"),
+        (status = 422, description = "`invalid_field`, `user_not_found`"),
+        (status = 426, description = "`websocket_needed`"),
+        (status = 502, description = "`guest_unreachable`"),
+        (status = 504, description = "`guest_timeout`")))]
 pub async fn pty(
     State(app): State<App>,
     Path(id): Path<String>,
@@ -53,92 +90,78 @@ pub async fn pty(
     upgrade: Result<WebSocketUpgrade, axum::extract::ws::rejection::WebSocketUpgradeRejection>,
 ) -> Result<Response, ApiError> {
     let Query(query) = query.map_err(|e| ApiError::malformed(e.body_text()))?;
-    let agent = agent_of(&app.engine.sandbox(&id)?, "pty")?;
-    let upgrade = upgrade.map_err(|e| {
-        ApiError::malformed(format!("a terminal needs a WebSocket: {}", e.body_text()))
-    })?;
-    let shell = start(&agent, &query).await?;
+    let request = query.request()?;
+    let sandbox = app.engine.sandbox(&id)?;
+    let agent = agent_of(&sandbox, "pty")?;
+    let upgrade = upgrade.map_err(|e| ApiError::websocket_needed(&e.body_text()))?;
+    // Before the upgrade: a shell that does not start is an answer with a status.
+    let shell = agent.exec(&request, START_DEADLINE).await?;
     metrics::counter!("rethaw_exec_total").increment(1);
-    Ok(upgrade.max_message_size(MAX_MESSAGE).on_upgrade(move |socket| converse(socket, shell)))
+    Ok(upgrade.max_message_size(MAX_MESSAGE).on_upgrade(|socket| converse(socket, shell)))
 }
 
-async fn start(agent: &AgentClient, query: &PtyQuery) -> Result<ExecStream, AgentError> {
-    let mut request = ExecRequest {
-        user: query.user.clone(),
-        pty: Some(PtySize { cols: query.cols.max(1), rows: query.rows.max(1) }),
-        stdin_stream: true,
-        ..ExecRequest::default()
-    };
-    if let Some(term) = &query.term {
-        request.env.insert("TERM".to_owned(), term.clone());
-    }
-    let shell = |path: &str| vec![path.to_owned(), "-l".to_owned()];
-    request.argv = shell("/bin/bash");
-    match agent.exec(&request, START_DEADLINE).await {
-        Err(AgentError::Refused { error_code, .. }) if error_code == codes::PROGRAM_NOT_FOUND => {
-            request.argv = shell("/bin/sh");
-            agent.exec(&request, START_DEADLINE).await
-        }
-        started => started,
-    }
-}
-
-/// What the client says in text.
 #[derive(Debug, Deserialize)]
 struct Told {
     resize: Option<PtySize>,
 }
 
-/// Passes keys there and bytes here. Both ways at once: a program that does not read its input must
-/// not keep its output from being seen.
+/// Passes bytes both ways until either side ends; dropping the stream kills the shell.
 async fn converse(socket: WebSocket, mut shell: ExecStream) {
-    let (mut to_client, from_client) = socket.split();
-    let keys = shell.sender();
-    let show = async {
-        while let Ok(Some(frame)) = shell.next_frame().await {
-            let message = match frame {
-                ExecFrame::Stdout(chunk) | ExecFrame::Stderr(chunk) => {
-                    let Some(bytes) = chunk.into_bytes() else { break };
-                    Message::Binary(bytes.into())
-                }
-                ExecFrame::Exit(exit) => told(&json!({ "exit": { "code": exit.code } })),
-                ExecFrame::Error(error) => told(&json!({ "error": error.message })),
-                ExecFrame::Started(_) | ExecFrame::Keepalive(_) => continue,
-            };
-            let sent = tokio::time::timeout(SEND_DEADLINE, to_client.send(message)).await;
-            if !matches!(sent, Ok(Ok(()))) {
-                break;
+    let (mut out, mut typed) = socket.split();
+    let input = shell.sender();
+    let typing = async {
+        while let Some(Ok(message)) = typed.next().await {
+            if pass_on(&input, message).await.is_err() {
+                // The shell is about to say how it ended.
+                std::future::pending::<()>().await;
             }
         }
     };
-    tokio::select! {
-        () = show => {}
-        // The client is gone: the shell goes with its stream.
-        () = type_keys(from_client, keys) => {}
-    }
-    let _ = tokio::time::timeout(SEND_DEADLINE, to_client.close()).await;
-}
-
-fn told(json: &serde_json::Value) -> Message {
-    Message::Text(Utf8Bytes::from(json.to_string()))
-}
-
-/// Hands on what the client types, until it leaves.
-async fn type_keys(mut from_client: SplitStream<WebSocket>, keys: ExecSender) {
-    while let Some(Ok(message)) = from_client.next().await {
-        let input = match message {
-            Message::Binary(bytes) => ExecInput::Stdin(Base64(bytes.to_vec())),
-            Message::Text(text) => match serde_json::from_str::<Told>(&text) {
-                Ok(Told { resize: Some(size) }) => ExecInput::Resize(size),
-                // Words of a newer client are passed over.
-                _ => continue,
-            },
-            Message::Close(_) => return,
-            // Answered by the library.
-            Message::Ping(_) | Message::Pong(_) => continue,
+    let showing = async {
+        let last = loop {
+            match shell.next_frame().await {
+                Ok(Some(ExecFrame::Stdout(chunk) | ExecFrame::Stderr(chunk))) => {
+                    let bytes = chunk.into_bytes().unwrap_or_default();
+                    if !send(&mut out, Message::Binary(Bytes::from(bytes))).await {
+                        return;
+                    }
+                }
+                Ok(Some(ExecFrame::Exit(exit))) => break json!({"exit": {"code": exit.code}}),
+                Ok(Some(ExecFrame::Error(e))) => break error(&e),
+                Ok(Some(_)) => {}
+                Ok(None) => return,
+                Err(e) => {
+                    let error_code = "guest_unreachable".to_owned();
+                    break error(&ErrorBody { error_code, message: e.to_string() });
+                }
+            }
         };
-        if keys.send(&input).await.is_err() {
-            return;
-        }
+        send(&mut out, Message::Text(last.to_string().into())).await;
+        let frame = CloseFrame { code: close_code::NORMAL, reason: "".into() };
+        send(&mut out, Message::Close(Some(frame))).await;
+    };
+    tokio::select! {
+        () = typing => {}
+        () = showing => {}
     }
+}
+
+fn error(e: &ErrorBody) -> Value {
+    json!({"error": e})
+}
+
+async fn pass_on(input: &ExecSender, message: Message) -> Result<(), AgentError> {
+    match message {
+        Message::Binary(bytes) => input.send(&ExecInput::Stdin(Base64(bytes.to_vec()))).await,
+        Message::Text(text) => match serde_json::from_str(&text) {
+            Ok(Told { resize: Some(size) }) => input.send(&ExecInput::Resize(size)).await,
+            // Words of a newer client are passed over.
+            _ => Ok(()),
+        },
+        Message::Ping(_) | Message::Pong(_) | Message::Close(_) => Ok(()),
+    }
+}
+
+async fn send(out: &mut SplitSink<WebSocket, Message>, message: Message) -> bool {
+    matches!(tokio::time::timeout(SEND_DEADLINE, out.send(message)).await, Ok(Ok(())))
 }

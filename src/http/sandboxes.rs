@@ -15,6 +15,7 @@ use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
 
 use super::App;
+use super::auth::Caller;
 use super::error::ApiError;
 use super::idempotency;
 use super::json::JsonBody;
@@ -243,6 +244,7 @@ pub fn check_env(env: &BTreeMap<String, String>) -> Result<(), ApiError> {
             `identity_not_proven`")))]
 pub async fn create(
     State(app): State<App>,
+    caller: Caller,
     JsonBody(body): JsonBody<CreateBody>,
 ) -> Result<Response, ApiError> {
     let timeout = timeout(&app, body.timeout_seconds.unwrap_or(DEFAULT_TIMEOUT_SECONDS))?;
@@ -257,6 +259,7 @@ pub async fn create(
     };
     let request = CreateRequest {
         template: body.template,
+        owner: caller.owner(),
         timeout,
         on_timeout: body.on_timeout,
         metadata: body.metadata,
@@ -307,6 +310,7 @@ pub struct SandboxList {
     responses((status = 200, description = "A page of them", body = SandboxList)))]
 pub async fn list(
     State(app): State<App>,
+    caller: Caller,
     query: Result<Query<ListQuery>, axum::extract::rejection::QueryRejection>,
 ) -> Result<Json<SandboxList>, ApiError> {
     let Query(query) = query.map_err(|e| ApiError::malformed(e.body_text()))?;
@@ -331,7 +335,8 @@ pub async fn list(
     for sandbox in app.engine.sandboxes() {
         let data = sandbox.data();
         let position = (std::cmp::Reverse(data.created_at.unix_timestamp_nanos()), data.id.clone());
-        let fits = after.as_ref().is_none_or(|after| position > *after)
+        let fits = caller.sees(&sandbox)
+            && after.as_ref().is_none_or(|after| position > *after)
             && query.template.as_ref().is_none_or(|t| *t == data.template)
             && wanted.iter().all(|(k, v)| data.metadata.get(*k) == Some(*v));
         if !fits {

@@ -49,6 +49,10 @@ impl Client {
         Self { key: key.map(str::to_owned), ..self.clone() }
     }
 
+    pub fn key(&self) -> Option<&str> {
+        self.key.as_deref()
+    }
+
     pub fn url(&self) -> &str {
         &self.url
     }

@@ -42,12 +42,15 @@ async fn the_document_is_served_and_knows_every_method() {
     service.stop().await;
 }
 
+/// However often it is asked to, the service makes no more than this.
+const LIMITS: &str = "[limits]\nsandboxes = 4\nvcpus = 4\npool_target = 2\n";
+
 /// Requests by the hundred, sound and broken ones, one after the other and in sequences that follow
 /// what the service gave before. What the service may be brought to do is bounded by its own limits
 /// and by those in `schemathesis.toml`.
 #[tokio::test]
 async fn no_request_gets_an_answer_that_is_not_documented() {
-    let service = Service::start(1).await;
+    let service = Service::start_configured(1, LIMITS).await;
     let before = service.create_with(&json!({ "timeout_seconds": 3600 })).await;
     let mut schemathesis = Command::new(root().join("scripts/schemathesis"));
     schemathesis

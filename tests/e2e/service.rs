@@ -77,6 +77,48 @@ impl Service {
         service
     }
 
+    /// The same, with this configuration file.
+    pub async fn start_configured(pool: u32, config: &str) -> Self {
+        let home = Home::new().await;
+        let path = home.path().join("rethaw.toml");
+        std::fs::write(&path, config).unwrap();
+        let flags = ["--config", path.to_str().unwrap()];
+        let service = Self::start_on(home, pool, &flags, DEADLINE).await;
+        service.pool_full(pool).await;
+        service
+    }
+
+    /// A service that is asked through its Unix socket, by the command line.
+    pub async fn start_by_socket(flags: &[&str], socket: &str) -> Self {
+        let home = Home::new().await;
+        let mut options = vec!["--pool-target".to_owned(), "0".to_owned()];
+        options.extend(flags.iter().map(|flag| (*flag).to_owned()));
+        let child = spawn(&home, &options, 0, &[]);
+        let client = Client::new(format!("unix:{socket}"), None);
+        let service = Self { child, client, options, starts: 0, home };
+        service
+            .until("the template is ready", async || {
+                let list = service.cli(&["template", "ls", "--json"]).await;
+                let list: Option<Value> = serde_json::from_slice(&list.stdout).ok();
+                (list?["items"][0]["state"] == "ready").then_some(())
+            })
+            .await;
+        service
+    }
+
+    /// The first URL of this kind that the service said it listens on.
+    pub fn listening_on(&self, scheme: &str) -> String {
+        let log = self.log();
+        let urls = log.lines().filter_map(|line| line.split_once("listening on "));
+        let url = urls.map(|(_, url)| url.trim()).find(|url| url.starts_with(scheme));
+        url.unwrap_or_else(|| panic!("no {scheme} in:\n{log}")).to_owned()
+    }
+
+    /// A client's key at this service, which may have started again elsewhere.
+    pub fn reach(&self, client: &Client) -> Client {
+        self.client.with_key(client.key())
+    }
+
     /// A service on this home; ready, its pool filling.
     pub async fn start_on(home: Home, pool: u32, flags: &[&str], deadline: Duration) -> Self {
         let mut options = vec!["--pool-target".to_owned(), pool.to_string()];

@@ -96,13 +96,14 @@ impl std::fmt::Display for KvmReport {
     }
 }
 
-/// Where the child's program is: beside the running one.
+/// Where the child's program is: beside the running one, or where a package puts it.
 pub fn helper_path() -> io::Result<PathBuf> {
     let own = std::env::current_exe()?;
     // Test programs are one folder deeper than the programs they test.
     own.ancestors()
         .skip(1)
         .take(2)
+        .chain([Path::new("/usr/lib/rethaw")])
         .map(|dir| dir.join("rethaw-kvm-probe"))
         .find(|path| path.is_file())
         .ok_or_else(|| {

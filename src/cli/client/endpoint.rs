@@ -1,10 +1,16 @@
 //! Where the service is: a URL, taken apart once.
 
+use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use super::ClientError;
 
@@ -30,11 +36,12 @@ pub struct Endpoint {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Address {
     Tcp(String, u16),
+    Tls(String, u16),
     Unix(PathBuf),
 }
 
 impl Endpoint {
-    /// Parses `http://host[:port][/prefix]` or `unix:/path`.
+    /// Parses `http[s]://host[:port][/prefix]` or `unix:/path`.
     pub fn parse(url: &str) -> Result<Self, ClientError> {
         let bad = |reason: &str| ClientError::BadUrl { url: url.into(), reason: reason.into() };
         if let Some(path) = url.strip_prefix("unix:") {
@@ -46,21 +53,22 @@ impl Endpoint {
             let authority = "localhost".to_owned();
             return Ok(Self { url: url.to_owned(), authority, prefix: String::new(), address });
         }
-        if url.starts_with("https://") {
-            return Err(bad("this client speaks plain http; put a TLS tunnel in between"));
-        }
         let uri: hyper::Uri =
             url.parse().map_err(|_| bad("it should look like http://127.0.0.1:7070"))?;
-        let (Some("http"), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
+        let (Some("http" | "https"), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
             return Err(bad("it should look like http://127.0.0.1:7070"));
         };
         // An IPv6 address is bracketed in a URL and bare in a socket address.
         let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
+        let address = match uri.scheme_str() {
+            Some("https") => Address::Tls(host, authority.port_u16().unwrap_or(443)),
+            _ => Address::Tcp(host, authority.port_u16().unwrap_or(80)),
+        };
         Ok(Self {
             url: url.trim_end_matches('/').to_owned(),
             authority: authority.as_str().to_owned(),
             prefix: uri.path().trim_end_matches('/').to_owned(),
-            address: Address::Tcp(host, authority.port_u16().unwrap_or(80)),
+            address,
         })
     }
 
@@ -84,15 +92,39 @@ impl Endpoint {
 
     async fn open(&self) -> std::io::Result<Box<dyn Stream>> {
         match &self.address {
-            Address::Tcp(host, port) => {
-                let stream = TcpStream::connect((host.as_str(), *port)).await?;
-                // Terminal bytes and short requests: waiting to fill a segment only costs time.
-                stream.set_nodelay(true)?;
-                Ok(Box::new(stream))
+            Address::Tcp(host, port) => Ok(Box::new(tcp(host, *port).await?)),
+            Address::Tls(host, port) => {
+                let name = ServerName::try_from(host.clone()).map_err(io::Error::other)?;
+                let stream = tcp(host, *port).await?;
+                Ok(Box::new(connector()?.connect(name, stream).await?))
             }
             Address::Unix(path) => Ok(Box::new(UnixStream::connect(path).await?)),
         }
     }
+}
+
+async fn tcp(host: &str, port: u16) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect((host, port)).await?;
+    // Terminal bytes and short requests: waiting to fill a segment only costs time.
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// Trusts whom the system trusts, or those in `SSL_CERT_FILE`.
+fn connector() -> io::Result<TlsConnector> {
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    if roots.is_empty() {
+        let message = "no certificate authority is known here: install ca-certificates, or name a \
+                       PEM file in SSL_CERT_FILE";
+        return Err(io::Error::other(message));
+    }
+    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(io::Error::other)?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Ok(TlsConnector::from(Arc::new(config)))
 }
 
 #[cfg(test)]
@@ -111,6 +143,8 @@ mod tests {
         assert_eq!(tcp("http://127.0.0.1:7070"), own("127.0.0.1", 7070, "", "127.0.0.1:7070"));
         assert_eq!(tcp("http://box/"), own("box", 80, "", "box"));
         assert_eq!(tcp("http://[::1]:9/a/b/"), own("::1", 9, "/a/b", "[::1]:9"));
+        let tls = Endpoint::parse("https://box.example/").unwrap();
+        assert_eq!(tls.address, Address::Tls("box.example".into(), 443));
         let unix = Endpoint::parse("unix:///run/r.sock").unwrap();
         assert_eq!(unix.address, Address::Unix("/run/r.sock".into()));
     }
@@ -118,7 +152,6 @@ mod tests {
     #[test]
     fn bad_urls_say_what_is_right() {
         for (url, hint) in [
-            ("https://x", "plain http"),
             ("127.0.0.1:7070", "http://127.0.0.1:7070"),
             ("", "http://127.0.0.1:7070"),
             ("ftp://x", "http://127.0.0.1:7070"),

@@ -13,6 +13,7 @@ use super::view::{Place, created};
 use crate::engine::CreateRequest;
 use crate::engine::sandbox::OnTimeout;
 use crate::http::App;
+use crate::http::auth::Caller;
 use crate::http::error::ApiError;
 use crate::http::idempotency;
 use crate::http::json::JsonBody;
@@ -39,6 +40,7 @@ pub struct CreateBody {
 /// The handler.
 pub async fn create(
     State(app): State<App>,
+    caller: Caller,
     headers: HeaderMap,
     JsonBody(body): JsonBody<CreateBody>,
 ) -> Result<(StatusCode, Json<Value>), ApiError> {
@@ -53,6 +55,7 @@ pub async fn create(
         if body.allow_internet_access == Some(false) { Internet::Off } else { Internet::On };
     let request = CreateRequest {
         template: body.template,
+        owner: caller.owner(),
         timeout,
         on_timeout,
         metadata,

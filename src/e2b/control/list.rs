@@ -1,6 +1,7 @@
 //! `GET /v2/sandboxes`: by page, the next one's token in a header; `GET /sandboxes`: what runs.
 
 use std::cmp::Reverse;
+use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::{Query, State};
@@ -13,6 +14,7 @@ use time::format_description::well_known::Rfc3339;
 use super::view::{listed, state};
 use crate::engine::sandbox::{Sandbox, SandboxData};
 use crate::http::App;
+use crate::http::auth::Caller;
 use crate::http::error::ApiError;
 use crate::http::sandboxes::{PAGE_LIMIT, parse_token, token_at};
 
@@ -90,6 +92,7 @@ fn ascending(order: Option<&str>) -> Result<bool, ApiError> {
 /// `GET /v2/sandboxes`
 pub async fn list(
     State(app): State<App>,
+    caller: Caller,
     query: Result<Query<ListQuery>, axum::extract::rejection::QueryRejection>,
 ) -> Result<(HeaderMap, Json<Vec<Value>>), ApiError> {
     let Query(query) = query.map_err(|e| ApiError::malformed(e.body_text()))?;
@@ -115,7 +118,7 @@ pub async fn list(
             true => position >= *after,
             false => position <= *after,
         });
-        if seen || !filter.fits(&sandbox, &data) {
+        if seen || !caller.sees(&sandbox) || !filter.fits(&sandbox, &data) {
             continue;
         }
         if items.len() == limit {
@@ -134,12 +137,14 @@ pub async fn list(
 /// `GET /sandboxes`: all that run.
 pub async fn running(
     State(app): State<App>,
+    caller: Caller,
     query: Result<Query<ListQuery>, axum::extract::rejection::QueryRejection>,
 ) -> Result<Json<Vec<Value>>, ApiError> {
     let Query(query) = query.map_err(|e| ApiError::malformed(e.body_text()))?;
     let filter = Filter::new(&ListQuery { state: Some("running".to_owned()), ..query })?;
     let sandboxes = app.engine.sandboxes();
-    let found = sandboxes.iter().filter(|sandbox| filter.fits(sandbox, &sandbox.data()));
+    let fits = |s: &&Arc<Sandbox>| caller.sees(s) && filter.fits(s, &s.data());
+    let found = sandboxes.iter().filter(fits);
     Ok(Json(found.map(|sandbox| listed(&app, sandbox)).collect()))
 }
 

@@ -4,7 +4,8 @@ use rusqlite::Connection;
 
 use super::DbError;
 
-const VERSIONS: &[&str] = &["
+const VERSIONS: &[&str] = &[
+    "
     CREATE TABLE templates (
         name        TEXT PRIMARY KEY,
         snapshot    TEXT,
@@ -46,7 +47,17 @@ const VERSIONS: &[&str] = &["
         reply       TEXT,
         created_at  INTEGER NOT NULL
     ) STRICT;
-"];
+",
+    "
+    -- JSON: engine::keys::Key. The key itself is kept as its SHA-256 only.
+    CREATE TABLE api_keys (
+        id          TEXT PRIMARY KEY,
+        name        TEXT NOT NULL UNIQUE,
+        digest      BLOB NOT NULL UNIQUE,
+        key         TEXT NOT NULL
+    ) STRICT;
+",
+];
 
 /// Applies every version that the database does not have yet, each in one transaction.
 pub fn migrate(connection: &mut Connection) -> Result<(), DbError> {

@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use guest_agent::netlink::Netlink;
@@ -29,6 +30,8 @@ pub const COUNTERS: &[&str] = &["host", "between"];
 /// What is noted.
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Note {
+    /// The network namespace that the changes are in.
+    namespace: u64,
     /// The slots' network: VMs that outlive the service have addresses in it.
     network: Option<Ipv4Addr>,
     /// Whether slots have IPv6.
@@ -141,6 +144,11 @@ impl Host {
     pub fn set_up(home: &Path, note: &Path, network: Option<Ipv4Addr>) -> io::Result<Self> {
         let path = note.to_owned();
         let mut note = Note::read(&path)?;
+        let here = namespace()?;
+        if note.namespace != here {
+            // Of a container that is no more.
+            note = Note { namespace: here, ..Note::default() };
+        }
         let home = home.canonicalize().unwrap_or_else(|_| home.to_owned());
         let home = home.to_string_lossy();
         let own = Plan::new(&home, Ipv4Addr::UNSPECIFIED, false).link_prefix;
@@ -252,14 +260,20 @@ impl Host {
     }
 }
 
-/// What other services on this machine have noted.
+/// What other services in this network namespace have noted.
 fn others(own: &Path) -> Vec<Note> {
     let files = own.parent().into_iter().flat_map(fs::read_dir).flatten().flatten();
     files
         .map(|entry| entry.path())
         .filter(|path| path != own && path.to_string_lossy().ends_with(NOTE))
         .filter_map(|path| Note::read(&path).ok())
+        .filter(|note| namespace().is_ok_and(|here| here == note.namespace))
         .collect()
+}
+
+/// The number of this thread's network namespace.
+fn namespace() -> io::Result<u64> {
+    Ok(fs::metadata("/proc/thread-self/ns/net")?.ino())
 }
 
 fn routes_overlap(routes: &[Route], network: Ipv4Addr) -> bool {

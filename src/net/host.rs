@@ -31,7 +31,11 @@ pub const COUNTERS: &[&str] = &["host", "between"];
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Note {
     /// The network namespace that the changes are in.
+    #[serde(default)]
     namespace: u64,
+    /// The table's name.
+    #[serde(default)]
+    table: String,
     /// The slots' network: VMs that outlive the service have addresses in it.
     network: Option<Ipv4Addr>,
     /// Whether slots have IPv6.
@@ -168,6 +172,7 @@ impl Host {
         let v6 = if survivors { note.v6 } else { outside.has_v6() };
         let plan = Plan::new(&home, v4, v6);
         (note.network, note.v6) = (Some(v4), v6);
+        note.table.clone_from(&plan.table);
         note.switches.extend(outside.switches(v6)?);
         // Those that another service here switched on are ours, too: the last to go switches off.
         note.switches.extend(others(&path).into_iter().flat_map(|other| other.switches));
@@ -260,14 +265,16 @@ impl Host {
     }
 }
 
-/// What other services in this network namespace have noted.
+/// What other services in this network namespace have noted: those whose tables are here.
 fn others(own: &Path) -> Vec<Note> {
+    let Ok(mut netlink) = nft::open() else { return Vec::new() };
     let files = own.parent().into_iter().flat_map(fs::read_dir).flatten().flatten();
     files
         .map(|entry| entry.path())
         .filter(|path| path != own && path.to_string_lossy().ends_with(NOTE))
         .filter_map(|path| Note::read(&path).ok())
         .filter(|note| namespace().is_ok_and(|here| here == note.namespace))
+        .filter(|note| nft::has_table(&mut netlink, &note.table).unwrap_or(true))
         .collect()
 }
 

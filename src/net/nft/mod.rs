@@ -21,6 +21,7 @@ const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
 
 const NEW_TABLE: u16 = 0;
+const GET_TABLE: u16 = 1;
 const DELETE_TABLE: u16 = 2;
 const NEW_CHAIN: u16 = 3;
 const NEW_RULE: u16 = 6;
@@ -226,6 +227,16 @@ impl Batch {
             let what = what.map_or("transaction", String::as_str);
             io::Error::new(e.kind(), format!("nftables: {what}: {e}"))
         })
+    }
+}
+
+/// Whether there is such a table.
+pub fn has_table(netlink: &mut Netlink, table: &str) -> io::Result<bool> {
+    let request = message(NFTABLES, GET_TABLE, 0, INET).attribute(1, &text(table));
+    match netlink.ask(request) {
+        Ok(_) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e),
     }
 }
 

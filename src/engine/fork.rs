@@ -11,13 +11,13 @@ use tracing::Instrument;
 
 use super::claim::{CreateError, CreateRequest, Created};
 use super::identity::Owner;
-use super::{Engine, ids};
 use super::lifecycle;
 use super::pause::{TransitionError, machine_of};
 use super::quota::Size;
 use super::sandbox::{Origin, Sandbox};
 use super::state::Event;
 use super::template::ReadyTemplate;
+use super::{Engine, ids};
 use crate::failpoint;
 
 impl Engine {

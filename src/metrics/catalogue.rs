@@ -202,6 +202,12 @@ pub const ALL: &[Metric] = &[
         "Found at start from an earlier service: `serving` again, or `lost`",
     ),
     counter(
+        "rethaw_audit_lost_total",
+        "lines",
+        &[],
+        "Of the audit log, dropped because it could not be written fast enough",
+    ),
+    counter(
         "rethaw_builds_total",
         "builds",
         &["outcome"],

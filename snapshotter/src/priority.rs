@@ -5,6 +5,9 @@
 //! wake-up of a claim. A `SCHED_IDLE` thread is preempted at once.
 #![allow(unsafe_code)]
 
+use std::convert::Infallible;
+use std::time::Duration;
+
 use rustix::process::{Pid, setpriority_process};
 
 use crate::vmm::Priority;
@@ -27,6 +30,17 @@ pub fn set(pid: i32, priority: Priority) {
             }
         }
     }
+}
+
+/// A step in the background that takes longer than this is being starved.
+pub const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Goes on at normal priority with a process that is being starved: a host that is busy for good must
+/// not run a start into its deadline. Runs beside the start, and never ends by itself.
+pub async fn starved(pid: i32) -> Infallible {
+    tokio::time::sleep(PATIENCE).await;
+    set(pid, Priority::Normal);
+    std::future::pending().await
 }
 
 fn set_policy(tid: Pid, policy: i32) {

@@ -138,5 +138,6 @@ function actions(sandbox) {
 
 export function start() {
   byId("detail-close").addEventListener("click", () => byId("detail").close());
-  byId("detail").addEventListener("close", () => { shown = null; });
+  // The event comes a moment later: by then the dialog may be open again, for another one.
+  byId("detail").addEventListener("close", () => { if (!byId("detail").open) shown = null; });
 }

@@ -24,8 +24,6 @@ const COMMAND_DEADLINE: Duration = Duration::from_secs(10);
 /// Hand-overs rehearsed before a VM is parked. The first brings in the pages; an emulator
 /// translates code on its first runs, and the third is as fast as any later one.
 const REHEARSALS: u32 = 3;
-/// A restore in the background that takes longer than this is being starved.
-const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A VM with an identity of its own, paused, waiting for a claim.
 #[derive(Debug)]
@@ -59,7 +57,7 @@ pub async fn restore(
     tokio::pin!(restored);
     tokio::select! {
         done = &mut restored => done,
-        () = tokio::time::sleep(PATIENCE) => {
+        () = tokio::time::sleep(priority::PATIENCE) => {
             // A host that is busy for good must not keep the pool empty for good.
             priority::set(pid, Priority::Normal);
             restored.await

@@ -147,7 +147,7 @@ pub async fn get(
 #[utoipa::path(patch, path = "/sandboxes/{id}/network", tag = "sandboxes",
     operation_id = "change_sandbox_network",
     params(("id" = String, Path, description = "A sandbox", pattern = "^[a-z0-9]{20}$")),
-    request_body = PolicyBody,
+    request_body = Option<PolicyBody>,
     responses((status = 200, description = "Its network", body = NetworkView),
         (status = 404, description = "`sandbox_not_found`"),
         (status = 500, description = "`network_failed`, `state_store_failed`")))]

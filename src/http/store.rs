@@ -129,7 +129,7 @@ pub struct GcReply {
 
 /// Remove what nothing refers to, or say what that would be
 #[utoipa::path(post, path = "/gc", tag = "templates", operation_id = "collect_garbage",
-    request_body = GcBody,
+    request_body = Option<GcBody>,
     responses((status = 200, description = "What was found", body = GcReply),
         (status = 500, description = "`gc_failed`"),
         (status = 503, description = "`template_not_ready`: what is needed is not known yet")))]

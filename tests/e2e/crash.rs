@@ -164,7 +164,7 @@ async fn killed_at_any_step_of_claim_and_fork() {
 
 #[tokio::test]
 async fn every_step_belongs_to_an_operation_that_is_tested() {
-    let tested = ["claim", "restore", "fork", "pause", "resume", "delete", "build"];
+    let tested = ["claim", "restore", "fork", "pause", "resume", "delete", "build", "template"];
     for step in steps() {
         let (operation, _) = step.split_once('.').unwrap();
         assert!(tested.contains(&operation), "{step} is tested nowhere");

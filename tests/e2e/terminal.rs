@@ -82,7 +82,7 @@ async fn a_terminal_is_a_web_socket() {
         .await;
 
     let plain = service.client().get(&format!("/v1/sandboxes/{id}/pty")).await;
-    plain.refused(400, "malformed_request");
+    plain.refused(426, "websocket_needed");
     let path = format!("/v1/sandboxes/{}/pty", "a".repeat(20));
     service.client().get(&path).await.refused(404, "sandbox_not_found");
     service.stop().await;

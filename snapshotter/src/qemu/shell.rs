@@ -95,6 +95,7 @@ pub(super) async fn prepare(driver: &Qemu, spec: &RestoreSpec) -> Result<QemuShe
         biased;
         both = async { tokio::try_join!(super::connect(&record, &process), registered) } => both?,
         reason = process.exited() => return Err(super::died(&record, reason)),
+        never = priority::starved(record.process.pid) => match never {},
     };
     // The socket has done its work; nothing can connect to it a second time.
     let _ = std::fs::remove_file(&uffd_socket);

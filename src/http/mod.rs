@@ -51,6 +51,7 @@ mod stats;
 mod store;
 mod templates;
 pub mod transitions;
+mod unread;
 
 use std::sync::Arc;
 
@@ -109,6 +110,7 @@ pub fn router(app: App) -> Router {
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
         .layer(axum::middleware::from_fn_with_state(app.clone(), ports::by_host))
         .layer(axum::middleware::from_fn_with_state(app.clone(), e2b::by_host))
+        .layer(axum::middleware::from_fn(unread::settle))
         .layer(track)
         .with_state(app)
 }

@@ -54,22 +54,12 @@ pub fn routes() -> Router<App> {
             get(files::download).post(files::upload).layer(DefaultBodyLimit::disable()),
         )
         .route("/health", get(health::health))
-        .layer(axum::middleware::map_response(close_after_refusal))
 }
 
 fn is_data_path(path: &str) -> bool {
     matches!(path, "/files" | "/health")
         || path.starts_with("/process.Process/")
         || path.starts_with("/filesystem.Filesystem/")
-}
-
-/// A refusal may come before the request's body was read, and then the connection cannot be used
-/// again: a client that is not told so loses its next request.
-async fn close_after_refusal(mut response: Response) -> Response {
-    if response.status().is_client_error() || response.status().is_server_error() {
-        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-    }
-    response
 }
 
 /// Notes which sandbox a host name `49983-ID.DOMAIN` is of; nothing but the data plane is served

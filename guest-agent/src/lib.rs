@@ -21,6 +21,7 @@ mod lint;
 mod notify;
 mod query;
 mod random;
+mod resident;
 mod settle;
 mod token;
 mod tunnel;

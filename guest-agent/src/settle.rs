@@ -53,6 +53,7 @@ pub async fn settle(agent: &Agent, request: &SettleRequest) -> Result<SettleRepo
     token::drop(agent).map_err(|e| thawed(agent, ApiError::from_io(&e, token::PATH)))?;
     agent.env.borrow_mut().clear();
     agent.generation.borrow_mut().take();
+    crate::resident::populate();
     nix::unistd::sync();
     if request.drop_caches {
         let dropped = fs::write("/proc/sys/vm/drop_caches", "3");

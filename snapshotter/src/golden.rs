@@ -25,6 +25,10 @@ const BOOT_DEADLINE: Duration = Duration::from_secs(120);
 /// The guest syncs, and may have a lot to write.
 const SETTLE_DEADLINE: Duration = Duration::from_secs(60);
 
+/// How long a settled guest runs on before it is stopped. What settling has stirred up, systemd's new
+/// list of mounts for one, is then done once and not in each clone, beside its identity.
+pub const QUIET: Duration = Duration::from_millis(400);
+
 /// Where a bake is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
@@ -172,6 +176,7 @@ async fn settle_and_snapshot(
     settled.map_err(agent_error("settling"))?;
     // The host's end is closed before the freeze: a clone must not remember a connection.
     drop(agent);
+    tokio::time::sleep(QUIET).await;
     timings.settle_ms = ms(since);
     progress(Step::Snapshotting);
     let since = Instant::now();

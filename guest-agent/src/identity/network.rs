@@ -16,7 +16,7 @@ use crate::agent::Agent;
 use crate::netlink::{Message, Netlink, Request, u32_at};
 use link::Link;
 use nix::sys::socket::SockProtocol;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell, RefMut};
 use std::fmt::Write as _;
 use std::fs;
 use std::io;
@@ -39,6 +39,7 @@ pub struct Network {
     /// The link as last read, and whether it had no address.
     seen: Cell<Option<(Link, bool)>>,
     links: io::Result<Links>,
+    netlink: RefCell<Option<Netlink>>,
 }
 
 /// The request's settings, understood.
@@ -169,10 +170,8 @@ pub fn prepare() -> io::Result<()> {
         Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(()),
         result => result?,
     };
-    // Without addresses of the kernel's own making there is nothing to replace in a clone. Those
-    // that get IPv6 get it with their identity.
+    // Without addresses of the kernel's own making there is nothing to replace in a clone.
     ipv6(DEFAULT_INTERFACE, "addr_gen_mode", "1")?;
-    ipv6(DEFAULT_INTERFACE, "disable_ipv6", "1")?;
     if link.up {
         return Ok(());
     }
@@ -241,11 +240,20 @@ fn gateways(netlink: &mut Netlink, index: u32) -> io::Result<Vec<IpAddr>> {
 impl Network {
     /// The item for settings that were understood.
     pub fn new(agent: &Agent, wanted: Wanted) -> Self {
-        Self { wanted, seen: Cell::new(None), links: ready::links(agent) }
+        let netlink = RefCell::new(ready::route(agent));
+        Self { wanted, seen: Cell::new(None), links: ready::links(agent), netlink }
     }
 
     fn links(&self) -> io::Result<&Links> {
         self.links.as_ref().map_err(|e| io::Error::new(e.kind(), e.to_string()))
+    }
+
+    fn netlink(&self) -> io::Result<RefMut<'_, Netlink>> {
+        let mut netlink = self.netlink.borrow_mut();
+        if netlink.is_none() {
+            *netlink = Some(open()?);
+        }
+        RefMut::filter_map(netlink, Option::as_mut).map_err(|_| io::ErrorKind::NotFound.into())
     }
 
     fn describe(
@@ -275,8 +283,8 @@ impl Network {
             Some(seen) => seen,
             None => (links.get(name).map_err(at("find"))?, false),
         };
+        let mut netlink = self.netlink().map_err(at("open netlink for"))?;
         if !bare {
-            let mut netlink = open().map_err(at("open netlink for"))?;
             for message in addresses(&mut netlink, index).map_err(at("list addresses of"))? {
                 let delete = Request::new(libc::RTM_DELADDR, 0).payload(&message.body);
                 netlink.change(delete).map_err(at("remove an address of"))?;
@@ -288,15 +296,19 @@ impl Network {
         if up && self.wanted.addresses.is_empty() && self.wanted.gateways.is_empty() {
             return Ok(());
         }
-        let mut netlink = open().map_err(at("open netlink for"))?;
-        if self.wanted.addresses.iter().any(|(address, _)| address.is_ipv6()) {
-            ipv6(name, "disable_ipv6", "0").map_err(at("allow IPv6 on"))?;
-        }
         if !up {
             raise(&mut netlink, index).map_err(at("bring up"))?;
         }
         for address in &self.wanted.addresses {
-            change_address(&mut netlink, index, *address).map_err(at("add an address to"))?;
+            let added = match change_address(&mut netlink, index, *address) {
+                // Somebody in the guest switched IPv6 off.
+                Err(error) if error.raw_os_error() == Some(libc::EACCES) => {
+                    ipv6(name, "disable_ipv6", "0").map_err(at("allow IPv6 on"))?;
+                    change_address(&mut netlink, index, *address)
+                }
+                added => added,
+            };
+            added.map_err(at("add an address to"))?;
         }
         for gateway in &self.wanted.gateways {
             let create = libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
@@ -329,7 +341,7 @@ impl Item for Network {
         let (addresses, gateways) = if bare {
             (Vec::new(), Vec::new())
         } else {
-            let mut netlink = open().map_err(io())?;
+            let mut netlink = self.netlink().map_err(io())?;
             let messages = addresses(&mut netlink, index).map_err(io())?;
             let gateways = gateways(&mut netlink, index).map_err(io())?;
             (messages.iter().filter_map(address_and_prefix).collect(), gateways)

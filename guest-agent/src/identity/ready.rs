@@ -17,6 +17,7 @@ pub struct Ready {
     hooks: Option<Vec<PathBuf>>,
     links: Option<Links>,
     sock_diag: Option<Netlink>,
+    route: Option<Netlink>,
 }
 
 /// Makes everything ready. What cannot be made now fails where it is used.
@@ -25,6 +26,7 @@ pub fn prepare(agent: &Agent) {
         hooks: Some(hooks::list(agent)),
         links: Links::open().ok(),
         sock_diag: Netlink::open(SockProtocol::NetlinkSockDiag).ok(),
+        route: Netlink::open(SockProtocol::NetlinkRoute).ok(),
     };
     *agent.ready.borrow_mut() = ready;
 }
@@ -39,6 +41,11 @@ pub fn hooks(agent: &Agent) -> Vec<PathBuf> {
 pub fn links(agent: &Agent) -> io::Result<Links> {
     let known = agent.ready.borrow_mut().links.take();
     known.map_or_else(Links::open, Ok)
+}
+
+/// To ask about and change addresses and routes by, if it is open.
+pub fn route(agent: &Agent) -> Option<Netlink> {
+    agent.ready.borrow_mut().route.take()
 }
 
 /// To ask about sockets by.

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use guest_agent::wire::SettleRequest;
 use snapshotter::delta::{self, DeltaError, index_of};
+use snapshotter::golden::QUIET;
 use snapshotter::manifest::{DELTA, DISK_DELTA, FORMAT, Manifest};
 use snapshotter::store::Draft;
 use uffd_handler::source::{LayerFiles, MemoryLayers};
@@ -46,6 +47,7 @@ impl Engine {
         let started = Instant::now();
         let written = async {
             settled.map_err(BuildError::Settle)?;
+            tokio::time::sleep(QUIET).await;
             failpoint::reached("build.settled").await;
             self.enter(template, TemplateState::Snapshotting, "writing the snapshot");
             vm.pause().await?;

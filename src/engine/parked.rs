@@ -94,11 +94,13 @@ async fn park(
 }
 
 impl Reidentified {
-    /// One hand-over without a token: the pages and translated code a claim needs are then there,
-    /// and a VM that could not be claimed is found now instead of under a user's request.
+    /// One hand-over to nobody: the pages and translated code a claim needs are then there, and a VM
+    /// that could not be claimed is found now instead of under a user's request. The token opens
+    /// nothing; the file it is kept in is there then.
     async fn rehearse_claim(&self) -> Result<(), RestoreError> {
         let request = ClaimRequest {
             wall_clock_unix_nanos: ids::wall_clock_unix_nanos(),
+            access_token: Some(ids::new_uuid()),
             ..ClaimRequest::default()
         };
         let done = self.machine.agent.claim(&request, CLAIM_DEADLINE).await;

@@ -10,7 +10,7 @@ use snapshotter::image::{GuestImage, ImageError};
 use snapshotter::manifest::{FORMAT, Manifest, ManifestError};
 
 use super::build::BuildLog;
-use super::lifecycle::RunDir;
+use super::machine::RunDir;
 use super::template::{BASE, ReadyTemplate, Template, TemplateState};
 use super::trial::TrialError;
 use super::workspace::WorkspaceError;

@@ -13,32 +13,27 @@
 //! Dropping any stage kills the VM and removes its directory; nothing here outlives its owner
 //! unless it was asked to.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use guest_agent::client::{AgentClient, AgentError};
+use guest_agent::client::AgentError;
 use guest_agent::wire::{IdentityFailure, ProvenIdentity, ResumeRequest};
-use snapshotter::delta::{self, DeltaError};
-use snapshotter::disk;
-use snapshotter::vmm::{
-    Driver, MemoryBackend, Nic, Priority, RestoreSpec, Shell, Vm, VmRecord, VmmError,
-};
-use uffd_handler::seal::{Key, KeySource, SealError};
-use uffd_handler::source::LayerFiles;
-use uffd_handler::supervisor::MemoryPlan;
+use snapshotter::delta::DeltaError;
+use snapshotter::vmm::{Nic, Priority, RestoreSpec, Shell, Vm, VmRecord, VmmError};
+use uffd_handler::seal::SealError;
 
+use super::context::{Disk, RestoreContext};
 use super::db::{Db, DbError, StoredIdentity};
 use super::identity::{self, Identity, Owner};
 use super::ids;
-use super::keyring::Keyring;
+use super::machine::{Machine, RunDir};
 use super::template::ReadyTemplate;
 use crate::failpoint;
 use crate::live::{self, Series};
 use crate::net::policy::Policy;
-use crate::net::{Addresses, Lease, Network, NetworkError, NetworkRules};
+use crate::net::{Lease, NetworkError};
 
 /// How long a restored guest may take to answer for the first time.
 const AGENT_DEADLINE: Duration = Duration::from_secs(10);
@@ -101,154 +96,6 @@ pub enum RestoreError {
     },
 }
 
-/// A VM's directory: sockets, log, scratch disk. Removed when dropped.
-#[derive(Debug)]
-pub struct RunDir {
-    path: PathBuf,
-    keep: bool,
-}
-
-impl RunDir {
-    /// Makes the directory of VM `id`.
-    pub fn create(run: &Path, id: &str) -> std::io::Result<Self> {
-        let path = run.join(id);
-        std::fs::create_dir_all(&path)?;
-        Ok(Self { path, keep: false })
-    }
-
-    /// Takes over the directory of a VM that a killed service left running.
-    pub fn adopt(path: PathBuf) -> Self {
-        Self { path, keep: false }
-    }
-
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// The scratch disk in it.
-    pub fn scratch(&self) -> PathBuf {
-        self.path.join(snapshotter::manifest::SCRATCH)
-    }
-
-    fn leave(&mut self) {
-        self.keep = true;
-    }
-}
-
-impl Drop for RunDir {
-    fn drop(&mut self) {
-        if self.keep {
-            return;
-        }
-        match std::fs::remove_dir_all(&self.path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                tracing::warn!(path = ?self.path, "cannot remove VM directory: {e}");
-            }
-            _ => {}
-        }
-    }
-}
-
-/// A VM together with what it holds. Fields are dropped in order: process first, files last.
-#[derive(Debug)]
-pub struct Machine {
-    /// The VM.
-    pub vm: Arc<dyn Vm>,
-    /// Connection to its agent.
-    pub agent: AgentClient,
-    dir: RunDir,
-    network: Option<Lease>,
-}
-
-impl Machine {
-    /// Puts together a machine that was taken back after a crash.
-    pub fn adopted(
-        vm: Arc<dyn Vm>,
-        agent: AgentClient,
-        dir: RunDir,
-        network: Option<Lease>,
-    ) -> Self {
-        Self { vm, agent, dir, network }
-    }
-
-    /// Its addresses, where it has a network.
-    pub fn addresses(&self) -> Option<&Addresses> {
-        self.network.as_ref().map(Lease::addresses)
-    }
-
-    /// Its network's rules.
-    pub fn rules(&self) -> Option<NetworkRules> {
-        self.network.as_ref().map(Lease::rules)
-    }
-
-    /// Kills the VM, waits until it is gone, and removes its files.
-    pub async fn destroy(self) {
-        self.vm.kill().await;
-    }
-
-    /// Closes the connection to the agent; whoever gets the parts has to kill the VM before the
-    /// directory and the network go.
-    pub fn disconnect(self) -> (Arc<dyn Vm>, RunDir, Option<Lease>) {
-        let Self { vm, agent, dir, network } = self;
-        drop(agent);
-        (vm, dir, network)
-    }
-
-    /// Lets the VM outlive this process.
-    pub fn leave_running(mut self) {
-        self.vm.leave_running();
-        self.dir.leave();
-    }
-
-    /// Its directory.
-    pub fn dir(&self) -> &RunDir {
-        &self.dir
-    }
-}
-
-/// What a restore needs to know besides the template.
-#[derive(Debug, Clone)]
-pub struct RestoreContext {
-    /// The VMM.
-    pub driver: Arc<dyn Driver>,
-    /// Durable state.
-    pub db: Db,
-    /// Parent of all VM directories.
-    pub run: PathBuf,
-    /// Keys of workspaces.
-    pub keys: Arc<Keyring>,
-    /// Templates whose clones map the memory file.
-    pub file_backed: Arc<BTreeSet<String>>,
-    /// Whether working sets are put in place ahead of demand.
-    pub working_sets: bool,
-    /// Networks for VMs, where they can be made.
-    pub network: Option<Arc<Network>>,
-}
-
-impl RestoreContext {
-    /// What a clone's memory is made of.
-    fn memory(&self, template: &ReadyTemplate) -> MemoryPlan {
-        let mut plan = template.memory.clone();
-        if !self.working_sets {
-            plan.working_set = None;
-        }
-        plan
-    }
-
-    /// How a clone gets its memory. Only one flat file can be mapped: what was paused is layers, and
-    /// to see what is asked for takes the page server.
-    fn backend(&self, template: &ReadyTemplate) -> MemoryBackend {
-        let memory = &template.memory;
-        let mappable = memory.layers.len() == 1 && !memory.record;
-        if mappable && self.file_backed.contains(&template.name) {
-            MemoryBackend::File
-        } else {
-            MemoryBackend::Uffd
-        }
-    }
-}
-
 #[derive(Debug)]
 struct Common {
     id: String,
@@ -286,43 +133,9 @@ impl Common {
     }
 }
 
-fn file(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> RestoreError {
+pub(super) fn file(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> RestoreError {
     let path = path.to_owned();
     move |source| RestoreError::File { what, path, source }
-}
-
-/// How a VM's own disk is made.
-struct Disk {
-    base: PathBuf,
-    deltas: Vec<LayerFiles>,
-    target: PathBuf,
-    key: Option<String>,
-    keys: Arc<Keyring>,
-}
-
-impl Disk {
-    fn of(template: &ReadyTemplate, target: PathBuf, keys: Arc<Keyring>) -> Self {
-        Self {
-            base: template.scratch.clone(),
-            deltas: template.disk_deltas.clone(),
-            target,
-            key: template.manifest.key.clone(),
-            keys,
-        }
-    }
-
-    /// Makes it, and gives the key of what is restored, if it has one. Blocks.
-    fn make(self) -> Result<Option<Key>, RestoreError> {
-        // First: without it, nothing else is worth doing, and this is what there is to say.
-        let key = self.key.map(|name| self.keys.key(&name)).transpose()?;
-        disk::clone_file(&self.base, &self.target).map_err(file("cannot copy", &self.base))?;
-        if !self.deltas.is_empty() {
-            let target = File::options().read(true).write(true).open(&self.target);
-            let target = target.map_err(file("cannot open", &self.target))?;
-            delta::apply(&self.deltas, &target, &*self.keys)?;
-        }
-        Ok(key)
-    }
 }
 
 /// A VMM process that has loaded nothing.
@@ -555,7 +368,7 @@ impl Loaded {
         match attempt.await {
             Ok(agent) => {
                 let network = common.network.take();
-                Ok(Resumed { machine: Machine { vm, agent, dir, network }, common })
+                Ok(Resumed { machine: Machine::new(vm, agent, dir, network), common })
             }
             Err(e) => {
                 vm.kill().await;
@@ -602,9 +415,7 @@ impl Resumed {
             }
         }
     }
-}
 
-impl Resumed {
     /// Brings back a paused sandbox: new random numbers, clock and token, the identity it had.
     pub async fn revive(
         self,

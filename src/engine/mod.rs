@@ -14,6 +14,7 @@ mod bake;
 pub mod budget;
 pub mod build;
 mod claim;
+mod context;
 pub mod db;
 mod fork;
 pub mod gc;
@@ -24,6 +25,7 @@ pub mod keyring;
 pub mod keys;
 pub mod lifecycle;
 mod lint;
+pub mod machine;
 mod parked;
 mod pause;
 mod pool;
@@ -55,11 +57,11 @@ use tracing::Instrument;
 use uffd_handler::supervisor::Supervisor;
 
 pub use claim::{CreateError, CreateRequest};
+use context::RestoreContext;
 use db::{Db, DbError};
 use inputs::Inputs;
 use keyring::Keyring;
 use keys::{Account, Keys, Quotas};
-use lifecycle::RestoreContext;
 pub use pause::{TokenChoice, TransitionError};
 use pool::Pool;
 pub use pool::PoolNumbers;
@@ -430,7 +432,7 @@ impl Engine {
         let before = sandbox.data().network;
         let data = sandbox.update(|d| d.network = policy.clone());
         self.context.db.vm_sandbox(id, stage, &data).await.map_err(SandboxError::from)?;
-        if let Some(rules) = machine.as_ref().and_then(lifecycle::Machine::rules)
+        if let Some(rules) = machine.as_ref().and_then(machine::Machine::rules)
             && let Err(e) = rules.set_policy(&policy).await
         {
             let data = sandbox.update(|d| d.network = before);
@@ -448,7 +450,7 @@ impl Engine {
     ) -> Result<Option<Vec<(String, crate::net::Count)>>, NetworkChangeError> {
         let rules = {
             let machine = sandbox.machine.lock().await;
-            machine.as_ref().and_then(lifecycle::Machine::rules)
+            machine.as_ref().and_then(machine::Machine::rules)
         };
         match rules {
             Some(rules) => Ok(Some(rules.counters().await?)),

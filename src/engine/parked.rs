@@ -11,9 +11,10 @@ use guest_agent::wire::{ClaimReport, ClaimRequest, ExecFrame, ExecRequest};
 use snapshotter::priority;
 use snapshotter::vmm::Priority;
 
+use super::context::RestoreContext;
 use super::identity::Owner;
 use super::ids;
-use super::lifecycle::{Reidentified, RestoreContext, RestoreError, Spawned};
+use super::lifecycle::{Reidentified, RestoreError, Spawned};
 use super::template::ReadyTemplate;
 use crate::net::policy::Policy;
 

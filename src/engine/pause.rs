@@ -14,7 +14,8 @@ use rand::RngCore;
 use tracing::Instrument;
 
 use super::db::{DbError, Stage};
-use super::lifecycle::{Machine, RestoreError, Spawned, Timings, millis};
+use super::lifecycle::{RestoreError, Spawned, Timings, millis};
+use super::machine::Machine;
 use super::quota::QuotaError;
 use super::sandbox::{Origin, Sandbox};
 use super::state::Event;

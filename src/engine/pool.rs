@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, watch};
 use tokio::task::{AbortHandle, JoinSet};
 
-use super::lifecycle::{RestoreContext, Spawned};
+use super::context::RestoreContext;
+use super::lifecycle::Spawned;
 use super::parked::{self, Parked, WarmUp};
 use super::spare::Spare;
 use super::template::ReadyTemplate;

@@ -10,7 +10,7 @@ use snapshotter::vmm::Vm;
 use uffd_handler::supervisor::PagerEvent;
 
 use super::db::{DbError, Stage, VmRow};
-use super::lifecycle::{Machine, RunDir};
+use super::machine::{Machine, RunDir};
 use super::pause::resume_request;
 use super::sandbox::Sandbox;
 use super::{Engine, StartError};
@@ -98,7 +98,7 @@ impl Engine {
                 }
                 _ => None,
             };
-            Ok((data, identity, Machine::adopted(vm, agent, dir, network)))
+            Ok((data, identity, Machine::new(vm, agent, dir, network)))
         };
         match attempt.await {
             Ok((data, identity, machine)) => {

@@ -13,7 +13,8 @@ use utoipa::ToSchema;
 
 use super::SandboxError;
 use super::db::StoredIdentity;
-use super::lifecycle::{Machine, Timings};
+use super::lifecycle::Timings;
+use super::machine::Machine;
 use super::quota::Size;
 use super::state::Event;
 pub use super::state::State;

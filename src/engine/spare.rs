@@ -9,7 +9,8 @@ use tokio::sync::{Notify, watch};
 
 use snapshotter::vmm::Priority;
 
-use super::lifecycle::{RestoreContext, Spawned};
+use super::context::RestoreContext;
+use super::lifecycle::Spawned;
 use super::template::ReadyTemplate;
 
 /// Pause after a spawn that failed; the claim that needs it makes its own attempt and says why.

@@ -26,7 +26,8 @@ use uffd_handler::source::{LayerFiles, MemoryLayers};
 use super::Engine;
 use super::budget::{NoRoom, allocated_bytes};
 use super::keyring::{Keyring, KeyringError};
-use super::lifecycle::{Machine, Timings, millis};
+use super::lifecycle::{Timings, millis};
+use super::machine::Machine;
 use super::sandbox::SandboxData;
 use super::template::ReadyTemplate;
 

@@ -16,7 +16,7 @@ use super::spec::Spec;
 use super::{BuildError, SETTLE_DEADLINE};
 use crate::engine::Engine;
 use crate::engine::keyring::Keyring;
-use crate::engine::lifecycle::Machine;
+use crate::engine::machine::Machine;
 use crate::engine::template::{ReadyTemplate, Template, TemplateState};
 use crate::engine::workspace::{blocking, file};
 use crate::failpoint;

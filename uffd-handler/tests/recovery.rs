@@ -1,23 +1,32 @@
-//! Service and page server killed together: the next service takes the VMs out of their VMMs.
+//! Service and page server killed together, or a page server that a new service cannot talk to: the
+//! next service takes the VMs out of their VMMs.
 
 #![allow(clippy::unwrap_used, reason = "tests and benchmarks fail by panicking")]
 
 mod rig;
 
 use std::io::{BufRead, BufReader};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command as Process, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{SockFlag, accept4};
 use nix::unistd::Pid;
 use rig::fake_vmm::{Answer, Command};
 use rig::oracle;
+use uffd_handler::control::{self, Channel, FromPager, Reply, Request, ToPager};
+use uffd_handler::fdpass;
 use uffd_handler::supervisor::{MemoryPlan, PagerEvent, Supervisor, SupervisorConfig};
 
 const SERVICE: &str = "RETHAW_TEST_SERVICE";
 const NAME: &str = "vms_outlive_the_death_of_both_or_are_reported";
 const PAGES: u64 = 2048;
+const OLD_PAGER: &str = "RETHAW_TEST_OLD_PAGER";
+const OLD_NAME: &str = "a_page_server_of_another_version_is_replaced";
 
 fn config(dir: &Path) -> SupervisorConfig {
     let mut config = rig::config(dir);
@@ -43,9 +52,14 @@ fn service(dir: &Path) -> ! {
 }
 
 fn start_service(dir: &Path) -> (Child, Vec<Pid>) {
+    start(NAME, SERVICE, dir)
+}
+
+/// Runs a test of this file as another process, told so by `variable`; gives the process ids it says.
+fn start(test: &str, variable: &str, dir: &Path) -> (Child, Vec<Pid>) {
     let mut child = Process::new(std::env::current_exe().unwrap())
-        .args([NAME, "--exact", "--nocapture"])
-        .env(SERVICE, dir)
+        .args([test, "--exact", "--nocapture"])
+        .env(variable, dir)
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
@@ -98,5 +112,50 @@ fn vms_outlive_the_death_of_both_or_are_reported() {
     assert_eq!(event, PagerEvent::VmGone { id: "kept".into() });
     assert_eq!(std::fs::read_dir(dir.join("state")).unwrap().count(), 0);
     kill(pids[2], Signal::SIGKILL).unwrap();
+    second.shutdown();
+}
+
+/// A page server as an older release would be: it greets with its own version, and that is all that
+/// a service of today can ask of it.
+fn old_pager(dir: &Path) -> ! {
+    let listener = control::listen(&rig::config(dir).socket).unwrap();
+    println!("serving {}", std::process::id());
+    let deadline = Instant::now() + Duration::from_secs(60);
+    assert_eq!(fdpass::wait_for(listener.as_fd(), PollFlags::POLLIN, deadline), Ok(true));
+    let client = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC).unwrap();
+    // SAFETY: accept4 has just made this descriptor for us.
+    let channel = Channel::new(unsafe { OwnedFd::from_raw_fd(client) });
+    let (ToPager { number, request }, _) = channel.receive(deadline).unwrap();
+    assert!(matches!(request, Request::Hello { .. }), "{request:?}");
+    let reply = Reply::Hello { version: 1, pid: std::process::id() as i32 };
+    channel.send(&FromPager::Reply { number, reply }, &[]).unwrap();
+    std::thread::sleep(Duration::from_secs(60));
+    std::process::exit(1);
+}
+
+#[test]
+fn a_page_server_of_another_version_is_replaced() {
+    if let Ok(dir) = std::env::var(OLD_PAGER) {
+        old_pager(Path::new(&dir));
+    }
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = dir.path();
+    let (mut first, pids) = start_service(dir);
+    let mut kept = rig::fake_vmm::connect(&dir.join("kept.commands"));
+    kept.run(&Command::Write { page: 3, value: 9 });
+    first.kill().unwrap();
+    kill(pids[0], Signal::SIGKILL).unwrap();
+    first.wait().unwrap();
+    let (mut old, _) = start(OLD_NAME, OLD_PAGER, dir);
+
+    let second = Supervisor::start(config(dir)).unwrap();
+    let ended = old.wait().unwrap();
+    assert_eq!(ended.signal(), Some(Signal::SIGKILL as i32), "{ended}");
+    assert!(second.adopted().contains(&"kept".to_owned()));
+    assert_eq!(kept.read(1000), crc32fast::hash(&oracle::template(7, 1000)));
+    assert_eq!(kept.read(3), crc32fast::hash(&oracle::written(9)));
+    for vmm in &pids[1..] {
+        kill(*vmm, Signal::SIGKILL).unwrap();
+    }
     second.shutdown();
 }

@@ -8,12 +8,14 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
+use nix::sys::signal::Signal;
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use thiserror::Error;
 
 use super::SupervisorConfig;
 use super::link::{self, RequestError};
 use crate::control::{self, Channel, ChannelError, Event, PROTOCOL_VERSION, Reply, Request};
-use crate::fdpass;
+use crate::{fdpass, pidfd};
 
 /// Why there is no page server.
 #[derive(Debug, Error)]
@@ -37,6 +39,16 @@ pub enum StartError {
     /// The control channel failed.
     #[error(transparent)]
     Channel(#[from] ChannelError),
+    /// It speaks another version of the protocol.
+    #[error(
+        "page server {pid} speaks version {theirs} of the protocol, this service {PROTOCOL_VERSION}"
+    )]
+    Version {
+        /// Its process id.
+        pid: i32,
+        /// Its version.
+        theirs: u32,
+    },
     /// It did not answer as it should.
     #[error("page server on {socket}: {reason}")]
     Conversation {
@@ -74,11 +86,32 @@ pub(super) struct Running {
     pub(super) events: Vec<Event>,
 }
 
-/// The page server on the socket, if there is one.
+/// The page server on the socket, if there is one. One of another version, as an upgrade of the
+/// service finds it, is ended: its VMs then stand still until they are recovered like those of a page
+/// server that was killed.
 pub(super) fn find(config: &SupervisorConfig) -> Result<Option<Running>, StartError> {
-    match control::connect(&config.socket)? {
-        Some(channel) => greet(config, channel, None).map(Some),
-        None => Ok(None),
+    let Some(channel) = control::connect(&config.socket)? else { return Ok(None) };
+    let listener = getsockopt(&channel, PeerCredentials).map(|who| who.pid());
+    match greet(config, channel, None) {
+        // Whoever listens there is who answered, and not a process that it names.
+        Err(StartError::Version { pid, theirs }) if listener == Ok(pid) => {
+            tracing::warn!(pid, theirs, "page server of another version: ending it");
+            end_other(pid, Instant::now() + config.deadline)?;
+            Ok(None)
+        }
+        found => found.map(Some),
+    }
+}
+
+/// Kills a page server that is no child of this process, and waits until it is gone.
+fn end_other(pid: i32, deadline: Instant) -> Result<(), StartError> {
+    let io = |what| move |source| StartError::Io { what: format!("{what} {pid}"), source };
+    let handle = pidfd::open(pid).map_err(io("page server"))?;
+    pidfd::send_signal(handle.as_fd(), Signal::SIGKILL).map_err(io("killing page server"))?;
+    match fdpass::wait_for(handle.as_fd(), PollFlags::POLLIN, deadline) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(io("killed page server")(std::io::ErrorKind::TimedOut.into())),
+        Err(errno) => Err(io("waiting for page server")(errno.into())),
     }
 }
 
@@ -141,10 +174,7 @@ fn greet(
         Ok((Reply::Hello { version, pid }, _)) if version == PROTOCOL_VERSION => {
             Ok(Running { channel, pid, child, events })
         }
-        Ok((Reply::Hello { version, pid }, _)) => Err(StartError::conversation(
-            config,
-            &format!("process {pid} speaks version {version}, this service {PROTOCOL_VERSION}"),
-        )),
+        Ok((Reply::Hello { version: theirs, pid }, _)) => Err(StartError::Version { pid, theirs }),
         Ok((reply, _)) => {
             Err(StartError::conversation(config, &format!("{reply:?} to a greeting")))
         }

@@ -241,8 +241,10 @@ impl Engine {
     ) -> Result<Reidentified, RestoreError> {
         let since = Instant::now();
         match vm.hand_over(owner).await {
-            Ok(_) => {
+            Ok(report) => {
                 vm.timings.insert("claim".to_owned(), millis(since.elapsed()));
+                let guest = report.total_micros as f64 / 1e3;
+                vm.timings.insert("claim_guest".to_owned(), guest);
                 Ok(vm)
             }
             Err(e) => {

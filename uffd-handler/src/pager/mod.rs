@@ -7,6 +7,7 @@
 mod answer;
 mod fill;
 mod layer_cache;
+mod modest;
 mod serve;
 mod server;
 mod session;

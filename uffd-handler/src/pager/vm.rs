@@ -10,6 +10,7 @@ use thiserror::Error;
 
 use super::fill::{self, Unfilled};
 use super::layer_cache::LayerCache;
+use super::modest::become_modest;
 use super::serve;
 use super::session::{End, Session};
 use super::spin::SpinPolicy;
@@ -116,11 +117,15 @@ impl Vm {
         work: impl FnOnce(&Session) -> Result<bool, Unfilled> + Send + 'static,
     ) -> std::io::Result<()> {
         let session = self.session.clone();
-        self.start("fill", move |report| match work(&session) {
-            Ok(true) => report(What::Graduated),
-            Ok(false) | Err(Unfilled::Over) => {}
-            Err(Unfilled::Failed(reason)) => {
-                tracing::warn!(vm = session.id, reason, "not all pages put in place");
+        self.start("fill", move |report| {
+            // Claims of other VMs come first, and so does demand of this one.
+            become_modest();
+            match work(&session) {
+                Ok(true) => report(What::Graduated),
+                Ok(false) | Err(Unfilled::Over) => {}
+                Err(Unfilled::Failed(reason)) => {
+                    tracing::warn!(vm = session.id, reason, "not all pages put in place");
+                }
             }
         })
     }

@@ -71,10 +71,11 @@ fn stop_signal() -> std::io::Result<impl Future<Output = &'static str>> {
 }
 
 async fn serve(
-    options: ServeOptions,
+    mut options: ServeOptions,
     listeners: Listeners,
     stop: impl Future<Output = &'static str> + Send + 'static,
 ) -> anyhow::Result<()> {
+    let templates = std::mem::take(&mut options.templates);
     let home = &options.home;
     std::fs::create_dir_all(home).with_context(|| format!("cannot make {}", home.display()))?;
     // Held until the process ends.
@@ -111,6 +112,7 @@ async fn serve(
     let domain = options.network.domain.clone();
     let network = start_network(home, options.network.clone()).await?;
     let engine = Engine::start(config, driver, pager, keys, network).await?;
+    engine.configure_templates(templates).await?;
     engine.keys().insert_file_key(&key);
     let nobody = || Arc::new(Account::all_powerful("no-auth", Quotas::default()));
     let everybody = options.no_auth.then(nobody);

@@ -14,6 +14,7 @@ mod bake;
 pub mod budget;
 pub mod build;
 mod claim;
+pub mod configured;
 mod context;
 pub mod db;
 mod fork;
@@ -336,6 +337,12 @@ impl Engine {
     /// Every pool's numbers by its template, without a look at the sandboxes.
     pub fn pool_numbers(&self) -> Vec<(String, PoolNumbers)> {
         self.pools.iter().map(|p| (p.key().clone(), p.value().numbers())).collect()
+    }
+
+    /// The pool of just this template: its name may stand for another snapshot by now.
+    fn pool_of(&self, template: &template::ReadyTemplate) -> Option<Arc<Pool>> {
+        let pool = self.pools.get(&template.name).map(|p| Arc::clone(p.value()));
+        pool.filter(|pool| pool.template.snapshot == template.snapshot)
     }
 
     fn claimed(&self, template: &str) -> u32 {

@@ -305,6 +305,7 @@ impl Engine {
             return Err(e.into());
         }
         failpoint::reached("claim.noted").await;
+        self.pager.claim(&vm.id);
         let process = Arc::clone(&vm.machine.vm);
         let sandbox = Arc::new(Sandbox::running(data, vm.identity, vm.machine));
         self.sandboxes.insert(vm.id.clone(), Arc::clone(&sandbox));

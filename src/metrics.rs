@@ -2,6 +2,8 @@
 //! all is in [`catalogue`].
 
 mod catalogue;
+#[cfg(test)]
+mod grafana;
 mod process;
 
 pub use process::text as process_text;

@@ -57,7 +57,7 @@ impl Engine {
         sandbox: &Sandbox,
         name: Option<String>,
     ) -> Result<Arc<SandboxSnapshot>, TransitionError> {
-        let id = self.freeze_for_fork(sandbox).await?;
+        let (id, _) = self.freeze_for_fork(sandbox).await?;
         let data = sandbox.data();
         let snapshot = Arc::new(SandboxSnapshot {
             id: id.clone(),

@@ -15,7 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use utoipa::{IntoParams, ToSchema};
 
 use super::App;
-use super::error::ApiError;
+use super::error::{ApiError, ErrorCode};
 use super::json::JsonBody;
 use crate::engine::Engine;
 use crate::engine::build::{BuildLog, Spec, Step, check_name};
@@ -297,7 +297,7 @@ impl LogReader {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
             Err(e) => {
                 let status = StatusCode::INTERNAL_SERVER_ERROR;
-                return Err(ApiError::new(status, "log_unreadable", e.to_string()));
+                return Err(ApiError::new(status, ErrorCode::LOG_UNREADABLE, e.to_string()));
             }
         };
         Ok(Self { file, extent: log.watch(), at: 0, follow })

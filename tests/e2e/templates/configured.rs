@@ -120,7 +120,14 @@ async fn templates_of_the_file_are_there() {
     for sandbox in [&old, &new] {
         service.client().delete(&format!("/v1/sandboxes/{sandbox}")).await.expect(204);
     }
+    let bytes = async || {
+        let text = service.client().get("/metrics").await.text();
+        let name = "rethaw_template_disk_bytes{template=\"top\"} ";
+        text.lines().find_map(|line| line.strip_prefix(name)).unwrap().parse::<f64>().unwrap()
+    };
+    assert!(bytes().await > 0.0);
     delete(&service, "top").await.expect(204);
+    assert_eq!(bytes().await, 0.0, "of a template that is gone");
     service.terminate().await;
     service.start_again().await;
     let again = ready(&service, "top").await;

@@ -15,6 +15,7 @@ mod failpoint;
 mod http;
 mod listen;
 mod live;
+mod log;
 mod metrics;
 mod net;
 mod paths;

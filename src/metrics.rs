@@ -2,12 +2,15 @@
 //! all is in [`catalogue`].
 
 mod catalogue;
+#[cfg(test)]
+mod grafana;
 mod process;
 
 pub use process::text as process_text;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write;
+use std::sync::{Mutex, PoisonError};
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
@@ -35,7 +38,10 @@ pub fn install() -> anyhow::Result<PrometheusHandle> {
 /// Brings the gauges up to date.
 pub fn sample(engine: &Engine, viewers: usize) {
     metrics::gauge!("rethaw_viewers").set(viewers as f64);
+    let names = seen(engine);
+    let mut gone = names.clone();
     for (template, numbers, _) in engine.pools() {
+        gone.remove(&template);
         let gauge = |name: &'static str, value: u32| {
             metrics::gauge!(name, "template" => template.clone()).set(f64::from(value));
         };
@@ -44,12 +50,17 @@ pub fn sample(engine: &Engine, viewers: usize) {
         gauge("rethaw_pool_restoring", numbers.restoring);
         start_at_zero(&template);
     }
-    templates(engine);
+    for template in gone {
+        for name in ["rethaw_pool_ready", "rethaw_pool_target", "rethaw_pool_restoring"] {
+            metrics::gauge!(name, "template" => template.clone()).set(0.0);
+        }
+    }
+    templates(engine, &names);
     let mut states: HashMap<(String, &'static str), u32> = HashMap::new();
-    for template in engine.templates() {
+    for template in names {
         // A state that nobody is in any more must read 0, not its last value.
         for state in ["running", "paused"] {
-            states.insert((template.name.clone(), state), 0);
+            states.insert((template.clone(), state), 0);
         }
     }
     for sandbox in engine.sandboxes() {
@@ -92,16 +103,24 @@ fn start_at_zero(template: &str) {
     drop(metrics::counter!("rethaw_sandbox_acquire_failures_total", "template" => template));
 }
 
-fn templates(engine: &Engine) {
+/// Every template that there is or was since the start: the gauges of one that is gone read 0 from
+/// then on, since a recorder forgets none.
+fn seen(engine: &Engine) -> BTreeSet<String> {
+    static SEEN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let mut seen = SEEN.lock().unwrap_or_else(PoisonError::into_inner);
+    seen.extend(engine.templates().iter().map(|template| template.name.clone()));
+    seen.clone()
+}
+
+fn templates(engine: &Engine, names: &BTreeSet<String>) {
     let mut states = HashMap::new();
     for template in engine.templates() {
-        let status = template.status();
-        *states.entry(status.state.as_str()).or_insert(0_u32) += 1;
-        if let Some(ready) = status.ready {
-            let bytes: u64 = ready.manifest.files.values().map(|f| f.allocated_bytes).sum();
-            metrics::gauge!("rethaw_template_disk_bytes", "template" => template.name.clone())
-                .set(bytes as f64);
-        }
+        *states.entry(template.status().state.as_str()).or_insert(0_u32) += 1;
+    }
+    for name in names {
+        let ready = engine.template(name).and_then(|template| template.ready());
+        let bytes = ready.map_or(0, |ready| ready.manifest.allocated_bytes());
+        metrics::gauge!("rethaw_template_disk_bytes", "template" => name.clone()).set(bytes as f64);
     }
     for state in TemplateState::ALL.map(TemplateState::as_str) {
         let count = states.get(state).copied().unwrap_or(0);

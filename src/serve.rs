@@ -27,6 +27,7 @@ use crate::failpoint;
 use crate::http::{self, App};
 use crate::listen::Listeners;
 use crate::live::History;
+use crate::log;
 use crate::net::{NOTE, Network, NetworkConfig};
 use crate::paths::Paths;
 
@@ -37,7 +38,8 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Runs the service until SIGTERM or SIGINT.
 pub fn run(options: ServeOptions) -> anyhow::Result<()> {
-    init_logging();
+    log::init();
+    guest_agent::client::name_requests(log::request_id);
     failpoint::arm()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -45,17 +47,6 @@ pub fn run(options: ServeOptions) -> anyhow::Result<()> {
         let listeners = Listeners::bind(&options.listen, unix, options.tls.clone()).await?;
         serve(options, listeners, stop_signal()?).await
     })
-}
-
-fn init_logging() {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("RETHAW_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    if std::env::var("RETHAW_LOG_FORMAT").is_ok_and(|format| format == "json") {
-        log.json().init();
-    } else {
-        log.init();
-    }
 }
 
 /// Resolves when the process is asked to stop.
@@ -71,10 +62,11 @@ fn stop_signal() -> std::io::Result<impl Future<Output = &'static str>> {
 }
 
 async fn serve(
-    options: ServeOptions,
+    mut options: ServeOptions,
     listeners: Listeners,
     stop: impl Future<Output = &'static str> + Send + 'static,
 ) -> anyhow::Result<()> {
+    let templates = std::mem::take(&mut options.templates);
     let home = &options.home;
     std::fs::create_dir_all(home).with_context(|| format!("cannot make {}", home.display()))?;
     // Held until the process ends.
@@ -111,6 +103,7 @@ async fn serve(
     let domain = options.network.domain.clone();
     let network = start_network(home, options.network.clone()).await?;
     let engine = Engine::start(config, driver, pager, keys, network).await?;
+    engine.configure_templates(templates).await?;
     engine.keys().insert_file_key(&key);
     let nobody = || Arc::new(Account::all_powerful("no-auth", Quotas::default()));
     let everybody = options.no_auth.then(nobody);
@@ -235,6 +228,7 @@ fn start_pager(home: &Path, paths: &Paths, keys: Arc<Keyring>) -> anyhow::Result
     made.with_context(|| format!("cannot make {}", state.display()))?;
     config.state_dir = Some(state);
     config.keys = keys;
+    config.request = log::request_id;
     Supervisor::start(config).context("the page server does not start")
 }
 

@@ -11,6 +11,7 @@
 
 use crate::cgroup::Workload;
 use crate::exec::Processes;
+use crate::log::{self, Log};
 use crate::notify::Watchers;
 use crate::server::ApiError;
 use crate::usage::CpuTimes;
@@ -35,13 +36,15 @@ pub struct Config {
     pub root: PathBuf,
     /// Mount point of cgroup v2, when there is one.
     pub cgroup: Option<PathBuf>,
+    /// Its log, under the prefix.
+    pub log: PathBuf,
 }
 
 impl Default for Config {
     fn default() -> Self {
         let cgroup = PathBuf::from("/sys/fs/cgroup");
         let unified = cgroup.join("cgroup.procs").exists();
-        Self { root: PathBuf::from("/"), cgroup: unified.then_some(cgroup) }
+        Self { root: PathBuf::from("/"), cgroup: unified.then_some(cgroup), log: log::PATH.into() }
     }
 }
 
@@ -64,10 +67,13 @@ pub struct Agent {
     pub watchers: Watchers,
     /// The processor's times when they were last asked for.
     pub cpu_times: Cell<CpuTimes>,
+    /// What it was asked.
+    pub log: Log,
 }
 
-fn under(root: &Path, path: &str) -> PathBuf {
-    root.join(path.trim_start_matches('/'))
+fn under(root: &Path, path: impl AsRef<Path>) -> PathBuf {
+    let path = path.as_ref();
+    root.join(path.strip_prefix("/").unwrap_or(path))
 }
 
 impl Agent {
@@ -83,6 +89,7 @@ impl Agent {
             _ => None,
         };
         Self {
+            log: Log::new(under(&config.root, &config.log)),
             root: config.root,
             state: Cell::new(state),
             generation: RefCell::new(generation),

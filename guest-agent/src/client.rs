@@ -17,9 +17,10 @@ use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
 use hyper::client::conn::http2::SendRequest;
-use hyper::http::{Method, Request, Response};
+use hyper::http::{HeaderValue, Method, Request, Response};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::sync::OnceLock;
 use std::time::Duration;
 use tokio::sync::watch;
 
@@ -31,6 +32,15 @@ pub type RequestBody = UnsyncBoxBody<Bytes, BodyError>;
 
 /// Answers that are parsed as a whole are never larger than this.
 const MAX_ANSWER: usize = 8 * 1024 * 1024;
+
+/// Tells the request that a caller works for; see [`name_requests`].
+static REQUEST: OnceLock<fn() -> Option<String>> = OnceLock::new();
+
+/// Has every call carry the name of the request that its caller works for, for the agents' logs.
+/// What counts is the first call, for the whole process.
+pub fn name_requests(name: fn() -> Option<String>) {
+    let _ = REQUEST.set(name);
+}
 
 /// A connection to one VM's agent.
 #[derive(Debug, Clone)]
@@ -166,6 +176,10 @@ impl AgentClient {
             let uri = format!("http://agent{path}");
             *request.uri_mut() =
                 uri.parse().map_err(|_| AgentError::Protocol(format!("invalid URI {uri:?}")))?;
+        }
+        let name = REQUEST.get().and_then(|name| name());
+        if let Some(Ok(name)) = name.map(|name| HeaderValue::from_str(&name)) {
+            request.headers_mut().insert(wire::REQUEST_ID, name);
         }
         let mut sender = self.sender.clone();
         sender.send_request(request).await.map_err(|e| AgentError::from_hyper(&e))

@@ -18,6 +18,7 @@ mod exec;
 mod files;
 mod identity;
 mod lint;
+mod log;
 mod notify;
 mod query;
 mod random;

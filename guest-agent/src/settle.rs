@@ -51,6 +51,7 @@ pub async fn settle(agent: &Agent, request: &SettleRequest) -> Result<SettleRepo
     }
     crate::identity::prepare(agent).map_err(|e| thawed(agent, e))?;
     token::drop(agent).map_err(|e| thawed(agent, ApiError::from_io(&e, token::PATH)))?;
+    agent.log.clear();
     agent.env.borrow_mut().clear();
     agent.generation.borrow_mut().take();
     crate::resident::populate();

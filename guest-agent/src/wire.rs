@@ -33,6 +33,8 @@ use std::collections::BTreeMap;
 pub const PORT_NAME: &str = "rethaw.agent";
 /// Port the agent listens on where the VM has a vsock device.
 pub const VSOCK_PORT: u32 = 7000;
+/// Header with the service's name for what it was asked itself; the agent logs it.
+pub const REQUEST_ID: &str = "x-request-id";
 
 /// What the agent will do for a caller right now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

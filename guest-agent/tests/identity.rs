@@ -76,8 +76,11 @@ impl Machine {
     }
 
     async fn agent(&self) -> AgentClient {
-        let config =
-            Config { root: self.root.path().to_owned(), cgroup: Some(self.cgroup.clone()) };
+        let config = Config {
+            root: self.root.path().to_owned(),
+            cgroup: Some(self.cgroup.clone()),
+            ..Config::default()
+        };
         let (host, guest) = UnixStream::pair().unwrap();
         let agent = Rc::new(Agent::new(config));
         tokio::task::spawn_local(serve_session(guest, agent, false));

@@ -38,3 +38,20 @@ fn users_are_found_by_name() {
         assert_eq!((status, error_code.as_str()), (422, "user_not_found"));
     });
 }
+
+#[test]
+fn the_log_says_for_which_request_it_was_asked() {
+    let root = tempfile::tempdir().unwrap();
+    guest_agent::client::name_requests(|| Some("the-users-request".to_owned()));
+    with_agent(root.path(), |client| async move {
+        client.health(SOON).await.unwrap();
+        let none = client.call::<(), Usage>(Method::GET, "/nothing?of=this", None, SOON).await;
+        assert!(matches!(none, Err(AgentError::Refused { status: 404, .. })), "{none:?}");
+    });
+    let text = std::fs::read_to_string(root.path().join("run/rethaw/agent.log")).unwrap();
+    let [_, request, method, path, status, _] = text.split_whitespace().collect::<Vec<_>>()[..]
+    else {
+        panic!("{text}");
+    };
+    assert_eq!((request, method, path, status), ("the-users-request", "GET", "/nothing", "404"));
+}

@@ -228,7 +228,8 @@ fn a_host_ignores_what_was_written_before_its_marker() {
 fn hosts_come_and_go_in_the_middle_of_anything() {
     run(async {
         let (mut port, guest) = UnixStream::pair().unwrap();
-        let agent = Rc::new(Agent::new(Config { root: "/".into(), cgroup: None }));
+        let agent =
+            Rc::new(Agent::new(Config { root: "/".into(), cgroup: None, log: "/dev/null".into() }));
         tokio::task::spawn_local(serve_session(guest, agent, false));
         for round in 0..30u64 {
             let (host, mut relay) = UnixStream::pair().unwrap();
@@ -275,7 +276,8 @@ fn hosts_come_and_go_in_the_middle_of_anything() {
 fn a_lost_connection_is_noticed() {
     run(async {
         let (host, guest) = UnixStream::pair().unwrap();
-        let agent = Rc::new(Agent::new(Config { root: "/".into(), cgroup: None }));
+        let agent =
+            Rc::new(Agent::new(Config { root: "/".into(), cgroup: None, log: "/dev/null".into() }));
         let serving = tokio::task::spawn_local(serve_session(guest, agent, false));
         let client = AgentClient::connect_session(host, SOON).await.unwrap();
         assert!(!client.is_closed());

@@ -26,6 +26,7 @@ mod run;
 mod sandbox;
 pub mod serve;
 mod serve_file;
+mod serve_templates;
 mod shell;
 mod stdin;
 mod table;

@@ -11,6 +11,7 @@ use snapshotter::image::Flavor;
 use super::home;
 use super::network::NetworkArgs;
 use super::serve_file::ServeFile;
+use crate::engine::configured::Configured;
 use crate::engine::keys::Quotas;
 use crate::listen::TlsFiles;
 
@@ -74,6 +75,8 @@ pub struct ServeOptions {
     pub network: NetworkArgs,
     /// What snapshots and uploads may take on disk; as much as there is when absent.
     pub disk_budget_bytes: Option<u64>,
+    /// Templates to have, each behind the one it starts from.
+    pub templates: Vec<Configured>,
 }
 
 /// Which VMM the service uses.
@@ -236,9 +239,13 @@ pub enum ServeArgsError {
 impl ServeArgs {
     /// Reads the file, if there is one, and settles every option: flag, environment, file, default.
     pub fn resolve(self) -> Result<ServeOptions, ServeArgsError> {
-        let file = match &self.config {
-            Some(path) => ServeFile::read(path)?,
-            None => ServeFile::default(),
+        let (file, templates) = match &self.config {
+            Some(path) => {
+                let mut file = ServeFile::read(path)?;
+                let templates = file.take_templates(path)?;
+                (file, templates)
+            }
+            None => Default::default(),
         };
         let unix_socket = self.unix_socket.or(file.unix_socket);
         let mut listen = if self.listen.is_empty() { file.listen } else { self.listen };
@@ -281,6 +288,7 @@ impl ServeArgs {
             working_sets: !self.no_working_sets,
             graduate_after_seconds: self.graduate_after_seconds.or(file.graduate_after_seconds),
             network: self.network.or(file.network),
+            templates,
             disk_budget_bytes: self
                 .disk_budget_mib
                 .or(file.disk_budget_mib)

@@ -9,6 +9,8 @@ use serde::{Deserialize, Deserializer};
 
 use super::network::NetworkArgs;
 use super::serve::{FlavorChoice, MAX_TIMEOUT, MEMORY_MIB, VmmChoice};
+use super::serve_templates::{self, TemplateTable, TemplatesError};
+use crate::engine::configured::Configured;
 use crate::engine::keys::Quotas;
 
 /// What the file may say.
@@ -53,6 +55,9 @@ pub struct ServeFile {
     pub disk_budget_mib: Option<u64>,
     /// Sandboxes outlive a stop of the service.
     pub keep_vms: Option<bool>,
+    /// Templates to have.
+    #[serde(default)]
+    pub templates: Vec<TemplateTable>,
 }
 
 /// `[tls]`
@@ -126,6 +131,14 @@ pub enum ServeFileError {
         /// Line, column and reason.
         message: String,
     },
+    /// One of its templates cannot be made.
+    #[error("configuration file {}: {source}", path.display())]
+    Templates {
+        /// The file.
+        path: PathBuf,
+        /// Which field, and why.
+        source: TemplatesError,
+    },
 }
 
 impl ServeFile {
@@ -135,6 +148,15 @@ impl ServeFile {
             .map_err(|source| ServeFileError::Read { path: path.to_owned(), source })?;
         Self::parse(&text)
             .map_err(|message| ServeFileError::Parse { path: path.to_owned(), message })
+    }
+
+    /// Its templates, in the order in which they can be made, with all that they copy. `path` is
+    /// where the file is: what they copy is beside it.
+    pub fn take_templates(&mut self, path: &Path) -> Result<Vec<Configured>, ServeFileError> {
+        let tables = std::mem::take(&mut self.templates);
+        let dir = path.parent().unwrap_or(Path::new("."));
+        serve_templates::resolve(tables, dir, &mut self.pools)
+            .map_err(|source| ServeFileError::Templates { path: path.to_owned(), source })
     }
 
     fn parse(text: &str) -> Result<Self, String> {

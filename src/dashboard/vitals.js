@@ -39,6 +39,8 @@ function build() {
     series: [
       { name: "claim p50", class: "c-claim" },
       { name: "claim p99", class: "c-claim-high" },
+      { name: "cold claim p50", class: "c-cold" },
+      { name: "cold claim p99", class: "c-cold-high" },
       { name: "restore p50", class: "c-restore" },
       { name: "restore p99", class: "c-restore-high" },
     ],
@@ -100,7 +102,7 @@ export function render({ history, pools, sandboxes, page_server: pager, service 
 
   latency.draw(points.map((p) => ({
     t: Date.parse(p.at),
-    values: [p.claims_warm.p50_ms, p.claims_warm.p99_ms, p.restores.p50_ms, p.restores.p99_ms],
+    values: [p.claims_warm, p.claims_cold, p.restores].flatMap((of) => [of.p50_ms, of.p99_ms]),
   })), now);
   faults.draw(points.map((p) => ({ t: Date.parse(p.at), values: [p.faults.per_second] })), now);
   const ratio = pager.working_set_hit_ratio;

@@ -168,7 +168,7 @@ impl Engine {
         };
         let mut tries = 0;
         let (vm, origin) = loop {
-            let parked = if tries < PARKED_TRIES { self.take_parked(&template.name) } else { None };
+            let parked = if tries < PARKED_TRIES { self.take_parked(template) } else { None };
             let Some(parked) = parked else {
                 break (self.restore_now(template, &owner, started).await?, Origin::Restored);
             };
@@ -219,7 +219,7 @@ impl Engine {
         owner: &Owner,
         started: Instant,
     ) -> Result<Reidentified, RestoreError> {
-        if let Some(spare) = self.pools.get(&template.name).and_then(|pool| pool.take_spare()) {
+        if let Some(spare) = self.pool_of(template).and_then(|pool| pool.take_spare()) {
             match spare.finish(started, Some(owner)).await {
                 Ok(vm) => return Ok(vm),
                 // It may have died while it waited.
@@ -229,8 +229,8 @@ impl Engine {
         lifecycle::restore(&self.context, template, Some(owner)).await
     }
 
-    fn take_parked(&self, template: &str) -> Option<Parked> {
-        self.pools.get(template).and_then(|pool| pool.take())
+    fn take_parked(&self, template: &ReadyTemplate) -> Option<Parked> {
+        self.pool_of(template).and_then(|pool| pool.take())
     }
 
     /// Gives the VM its token, environment and clock; a VM that does not take them is destroyed.
@@ -305,6 +305,7 @@ impl Engine {
             return Err(e.into());
         }
         failpoint::reached("claim.noted").await;
+        self.pager.claim(&vm.id);
         let process = Arc::clone(&vm.machine.vm);
         let sandbox = Arc::new(Sandbox::running(data, vm.identity, vm.machine));
         self.sandboxes.insert(vm.id.clone(), Arc::clone(&sandbox));

@@ -11,7 +11,7 @@ use tracing::Instrument;
 
 use super::claim::{CreateError, CreateRequest, Created};
 use super::identity::Owner;
-use super::lifecycle;
+use super::lifecycle::{self, Timings, millis};
 use super::pause::{TransitionError, machine_of};
 use super::quota::Size;
 use super::sandbox::{Origin, Sandbox};
@@ -20,6 +20,16 @@ use super::template::ReadyTemplate;
 use super::{Engine, ids};
 use crate::failpoint;
 
+/// What a fork came to.
+#[derive(Debug)]
+pub struct Forked {
+    /// The clones, each made or not.
+    pub clones: Vec<Result<Created, CreateError>>,
+    /// Of the whole: `stop`, for which the source stood still, what was written meanwhile, `clones`
+    /// from the first to the last, `total`.
+    pub timings: Timings,
+}
+
 impl Engine {
     /// Makes `count` clones of a sandbox; each succeeds or fails on its own.
     pub async fn fork(
@@ -27,7 +37,7 @@ impl Engine {
         id: &str,
         count: u32,
         made_by: Option<String>,
-    ) -> Result<Vec<Result<Created, CreateError>>, TransitionError> {
+    ) -> Result<Forked, TransitionError> {
         let sandbox = self.sandbox(id)?;
         // Clones belong to whom the source belongs to, whoever asked for them.
         let (owner, size) = sandbox.with_data(|d| (d.owner.clone(), d.size));
@@ -49,12 +59,13 @@ impl Engine {
         sandbox: &Arc<Sandbox>,
         count: u32,
         made_by: Option<&str>,
-    ) -> Result<Vec<Result<Created, CreateError>>, TransitionError> {
-        let snapshot = self.freeze_for_fork(sandbox).await?;
+    ) -> Result<Forked, TransitionError> {
+        let started = Instant::now();
+        let (snapshot, mut timings) = self.freeze_for_fork(sandbox).await?;
         // A clone may be deleted while the next one is being made.
         let pin = self.pin(&snapshot);
         let source = Arc::new(self.resolve_workspace(&sandbox.data().template, &snapshot)?);
-        let mut clones = Vec::new();
+        let (mut clones, since) = (Vec::new(), Instant::now());
         // One after the other: on few cores, clones restored at once only slow each other down.
         for _ in 0..count {
             clones.push(self.clone_one(sandbox, &source, made_by).await);
@@ -64,14 +75,17 @@ impl Engine {
         // Goes when the last clone that stands on it goes; at once if there is none.
         self.drop_workspace(&snapshot);
         failpoint::reached("fork.done").await;
-        Ok(clones)
+        timings.insert("clones".to_owned(), millis(since.elapsed()));
+        timings.insert("total".to_owned(), millis(started.elapsed()));
+        Ok(Forked { clones, timings })
     }
 
-    /// Stops the source, writes it, lets it run on; returns the published snapshot.
+    /// Stops the source, writes it, lets it run on; returns the published snapshot, and how long what
+    /// took.
     pub(super) async fn freeze_for_fork(
         &self,
         sandbox: &Sandbox,
-    ) -> Result<String, TransitionError> {
+    ) -> Result<(String, Timings), TransitionError> {
         let mut slot = sandbox.machine.lock().await;
         let data = sandbox.data();
         let (base, source) = self.source_of(&data.template, &data.restored_from)?;
@@ -79,6 +93,7 @@ impl Engine {
         sandbox.apply(Event::Fork)?;
         let machine = machine_of(sandbox, slot.as_ref())?;
         let started = Instant::now();
+        let mut timings = Timings::new();
         sandbox.set_agent(None);
         let written = async {
             let freeze = async { Ok::<_, TransitionError>(self.freeze(machine, &data.id).await?) };
@@ -86,7 +101,6 @@ impl Engine {
             let (frozen, key) = tokio::join!(freeze, self.new_key(&id));
             let ((), key) = (frozen?, key?);
             failpoint::reached("fork.frozen").await;
-            let mut timings = lifecycle::Timings::new();
             let sources = (&*base, &source);
             let written =
                 self.write_workspace(machine, id.clone(), sources, key, &mut timings).await;
@@ -97,8 +111,9 @@ impl Engine {
         failpoint::reached("fork.written").await;
         let thawed = self.thaw(machine).await;
         failpoint::reached("fork.thawed").await;
-        metrics::histogram!("rethaw_fork_stop_duration_seconds")
-            .record(started.elapsed().as_secs_f64());
+        let stopped = started.elapsed();
+        timings.insert("stop".to_owned(), millis(stopped));
+        metrics::histogram!("rethaw_fork_stop_duration_seconds").record(stopped.as_secs_f64());
         sandbox.end(Event::Thawed);
         match thawed {
             Ok(agent) => {
@@ -123,7 +138,7 @@ impl Engine {
             return Err(e);
         }
         failpoint::reached("fork.published").await;
-        Ok(id)
+        Ok((id, timings))
     }
 
     async fn clone_one(

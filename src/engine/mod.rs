@@ -14,6 +14,7 @@ mod bake;
 pub mod budget;
 pub mod build;
 mod claim;
+pub mod configured;
 mod context;
 pub mod db;
 mod fork;
@@ -29,12 +30,15 @@ pub mod machine;
 mod parked;
 mod pause;
 mod pool;
+mod pools;
 pub mod quota;
 mod recover;
+mod remove;
 pub mod sandbox;
 mod snapshots;
 mod spare;
 pub mod state;
+mod stop;
 pub mod template;
 pub mod templates;
 mod token;
@@ -53,7 +57,6 @@ use snapshotter::store::Store;
 use snapshotter::vmm::{Driver, MachineSize};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
-use tracing::Instrument;
 use uffd_handler::supervisor::Supervisor;
 
 pub use claim::{CreateError, CreateRequest};
@@ -67,13 +70,10 @@ use pool::Pool;
 pub use pool::PoolNumbers;
 use sandbox::{Sandbox, State};
 pub use snapshots::SandboxSnapshot;
-use state::Event;
-use template::{BASE, Template};
+use template::Template;
 use token::TokenKey;
 pub use workspace::WorkspaceError;
 
-use crate::failpoint;
-use crate::live;
 use crate::net::Network;
 use crate::net::policy::Policy;
 
@@ -322,61 +322,6 @@ impl Engine {
         self.templates.get(name).map(|t| Arc::clone(t.value()))
     }
 
-    /// Every pool's template and numbers, and how many of its sandboxes are claimed.
-    pub fn pools(&self) -> Vec<(String, PoolNumbers, u32)> {
-        let mut all: Vec<_> = self
-            .pools
-            .iter()
-            .map(|p| (p.key().clone(), p.value().numbers(), self.claimed(p.key())))
-            .collect();
-        all.sort_by(|a, b| a.0.cmp(&b.0));
-        all
-    }
-
-    /// Every pool's numbers by its template, without a look at the sandboxes.
-    pub fn pool_numbers(&self) -> Vec<(String, PoolNumbers)> {
-        self.pools.iter().map(|p| (p.key().clone(), p.value().numbers())).collect()
-    }
-
-    fn claimed(&self, template: &str) -> u32 {
-        let of = |s: &Sandbox| s.data().template == template && s.state() != State::Paused;
-        self.sandboxes.iter().filter(|s| of(s.value())).count() as u32
-    }
-
-    /// Sets how many VMs of a template are kept parked; `None` if there is no such pool.
-    pub async fn set_pool_target(
-        &self,
-        template: &str,
-        target: u32,
-    ) -> Result<Option<()>, DbError> {
-        let Some(pool) = self.pools.get(template).map(|p| Arc::clone(p.value())) else {
-            return Ok(None);
-        };
-        self.context.db.set_pool_target(template, target).await?;
-        pool.set_target(target);
-        Ok(Some(()))
-    }
-
-    /// Opens a template's pool and starts to fill it.
-    async fn open_pool(
-        self: &Arc<Self>,
-        ready: Arc<template::ReadyTemplate>,
-    ) -> Result<(), DbError> {
-        let target = self.context.db.pool_target(&ready.name).await?;
-        // A parked VM costs memory, and any number of templates can be derived: one VM each, unless
-        // an operator wants more.
-        let most = if ready.name == BASE { u32::MAX } else { 1 };
-        let target = target
-            .or_else(|| self.config.pool_targets.get(&ready.name).copied())
-            .unwrap_or(self.config.default_pool_target.min(most));
-        let name = ready.name.clone();
-        let pool = Pool::new(ready, self.context.clone(), target, self.claims.subscribe());
-        self.pools.insert(name, Arc::clone(&pool));
-        live::changed();
-        self.spawn(pool.run());
-        Ok(())
-    }
-
     /// Every sandbox, newest first.
     pub fn sandboxes(&self) -> Vec<Arc<Sandbox>> {
         let mut all: Vec<_> = self.sandboxes.iter().map(|s| Arc::clone(s.value())).collect();
@@ -456,116 +401,5 @@ impl Engine {
             Some(rules) => Ok(Some(rules.counters().await?)),
             None => Ok(None),
         }
-    }
-
-    /// Removes a sandbox and all it held. What is done is done also if the caller goes away.
-    pub async fn delete(self: &Arc<Self>, id: &str) -> Result<(), SandboxError> {
-        let sandbox = self.sandbox(id)?;
-        let engine = Arc::clone(self);
-        let work = async move { engine.remove(sandbox, "deleted", None).await };
-        let work = tokio::spawn(work.in_current_span());
-        match work.await {
-            Ok(done) => done,
-            // The task panicked; the VM is still listed and can be deleted again.
-            Err(e) => std::panic::resume_unwind(e.into_panic()),
-        }
-    }
-
-    /// Removes a sandbox; with `only`, only if it is still in that state once its turn has come.
-    async fn remove(
-        &self,
-        sandbox: Arc<Sandbox>,
-        reason: &'static str,
-        only: Option<State>,
-    ) -> Result<(), SandboxError> {
-        let id = sandbox.data().id;
-        let mut machine = sandbox.machine.lock().await;
-        if let Some(wanted) = only {
-            sandbox.expect(wanted, reason)?;
-        }
-        sandbox.apply(Event::Delete)?;
-        sandbox.set_agent(None);
-        failpoint::reached("delete.begun").await;
-        if let Some(machine) = machine.take() {
-            machine.destroy().await;
-        }
-        failpoint::reached("delete.killed").await;
-        // Before anything else of what is on disk: without it, the rest is noise.
-        // One whose pause failed half-way may be there too, under the same name.
-        let key = sandbox.data().key.unwrap_or_else(|| id.clone());
-        if self.context.keys.exists(&key) {
-            self.destroy_key(&key);
-        }
-        failpoint::reached("delete.key_destroyed").await;
-        self.expiries.clear(&id);
-        self.sandboxes.remove(&id);
-        live::changed();
-        self.context.db.vm_gone(&id).await?;
-        failpoint::reached("delete.noted").await;
-        let data = sandbox.data();
-        for snapshot in data.paused_in.iter().chain([&data.restored_from]) {
-            self.drop_workspace(snapshot);
-        }
-        metrics::counter!("rethaw_sandboxes_gone_total", "reason" => reason).increment(1);
-        tracing::info!(sandbox = %id, reason, "sandbox gone");
-        Ok(())
-    }
-
-    /// Lets claimed sandboxes and the page server outlive this process, for an upgrade: the next
-    /// service on the same home takes them back. Parked VMs are nobody's and go.
-    pub async fn leave(self: &Arc<Self>) {
-        for sandbox in self.sandboxes() {
-            // A transition under way is waited for; it is bounded by its own deadlines.
-            if let Some(machine) = sandbox.machine.lock().await.take() {
-                machine.leave_running();
-            }
-        }
-        self.end_tasks().await;
-    }
-
-    /// Kills every VM and stops the page server. Afterwards no process, socket or file of a VM is
-    /// left.
-    pub async fn shutdown(self: &Arc<Self>) {
-        let mut removals = JoinSet::new();
-        for sandbox in self.sandboxes() {
-            if sandbox.state() == State::Paused {
-                continue;
-            }
-            let engine = Arc::clone(self);
-            removals.spawn(async move { engine.remove(sandbox, "shutdown", None).await });
-        }
-        while let Some(done) = removals.join_next().await {
-            if let Ok(Err(e)) = done {
-                tracing::error!("shutdown: {e}");
-            }
-        }
-        self.end_tasks().await;
-        if let Some(network) = self.network() {
-            network.take_down().await;
-        }
-        self.pager.shutdown();
-    }
-
-    async fn end_tasks(&self) {
-        for template in self.templates() {
-            template.cancel.cancel();
-        }
-        for pool in &self.pools {
-            pool.close();
-        }
-        self.expiries.close();
-        if let Some(network) = self.network() {
-            network.close();
-        }
-        let mut tasks = {
-            let mut tasks = self.tasks.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            std::mem::take(&mut *tasks)
-        };
-        // Pools destroy their VMs when they end; a bake under way is dropped, and its VM with it.
-        let all = async { while tasks.join_next().await.is_some() {} };
-        if tokio::time::timeout(Duration::from_secs(20), all).await.is_err() {
-            tracing::warn!("some work did not end in time and is dropped");
-        }
-        tasks.shutdown().await;
     }
 }

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
+use tracing::Instrument;
 
 use super::Engine;
 use super::claim::{CreateError, CreateRequest, Created};
@@ -44,8 +45,8 @@ impl Engine {
     ) -> Result<Arc<SandboxSnapshot>, TransitionError> {
         let sandbox = self.sandbox(id)?;
         let engine = Arc::clone(self);
-        let work = tokio::spawn(async move { engine.take_snapshot_now(&sandbox, name).await });
-        match work.await {
+        let work = async move { engine.take_snapshot_now(&sandbox, name).await };
+        match tokio::spawn(work.in_current_span()).await {
             Ok(done) => done,
             Err(e) => std::panic::resume_unwind(e.into_panic()),
         }
@@ -56,7 +57,7 @@ impl Engine {
         sandbox: &Sandbox,
         name: Option<String>,
     ) -> Result<Arc<SandboxSnapshot>, TransitionError> {
-        let id = self.freeze_for_fork(sandbox).await?;
+        let (id, _) = self.freeze_for_fork(sandbox).await?;
         let data = sandbox.data();
         let snapshot = Arc::new(SandboxSnapshot {
             id: id.clone(),

@@ -60,6 +60,17 @@ pub enum DeleteError {
     Db(#[from] DbError),
 }
 
+/// Tells a template's build, if there is one, to stop; whether it did.
+pub(super) async fn stop_build(template: &Template) -> bool {
+    template.cancel.cancel();
+    if template.spec.is_none() {
+        return true;
+    }
+    let mut ended = template.build_ended.subscribe();
+    let ended = ended.wait_for(|ended| *ended);
+    tokio::time::timeout(END_DEADLINE, ended).await.is_ok()
+}
+
 impl Engine {
     /// Asks for a template. One of this name that is made of the same is given as it is; one that
     /// failed is tried again.
@@ -97,16 +108,27 @@ impl Engine {
             ));
         }
         self.require_room(0)?;
+        let template = self.list_template(name, spec).await?;
+        self.enqueue(Arc::clone(&template), 1);
+        Ok(template)
+    }
+
+    /// Lists a template that is to be built, in place of what has its name.
+    pub(super) async fn list_template(
+        &self,
+        name: &str,
+        spec: Spec,
+    ) -> Result<Arc<Template>, DbError> {
         let log = BuildLog::create(&self.log_path(name));
         let now = OffsetDateTime::now_utc();
         let template = Arc::new(Template::queued(name, Some(spec), now, log));
         self.note_template(&template, 0).await?;
         self.templates.insert(name.to_owned(), Arc::clone(&template));
-        self.enqueue(Arc::clone(&template), 1);
         Ok(template)
     }
 
-    fn log_path(&self, name: &str) -> std::path::PathBuf {
+    /// Where a template's build log is.
+    pub(super) fn log_path(&self, name: &str) -> std::path::PathBuf {
         self.config.home.join("builds").join(format!("{name}.ndjson"))
     }
 
@@ -129,13 +151,8 @@ impl Engine {
         if !users.is_empty() {
             return in_use(users);
         }
-        template.cancel.cancel();
-        if template.spec.is_some() {
-            let mut ended = template.build_ended.subscribe();
-            let ended = ended.wait_for(|ended| *ended);
-            if tokio::time::timeout(END_DEADLINE, ended).await.is_err() {
-                return Err(DeleteError::Busy(name.to_owned()));
-            }
+        if !stop_build(&template).await {
+            return Err(DeleteError::Busy(name.to_owned()));
         }
         // Nobody finds it from here on; a claim that has found it shows in what it holds.
         self.templates.remove(name);
@@ -147,23 +164,34 @@ impl Engine {
             let claim = held.then(|| "a sandbox that is being made".to_owned());
             return in_use(users.into_iter().chain(claim).collect());
         }
+        self.close_pool(name).await;
+        self.context.db.template_gone(name).await?;
+        crate::failpoint::reached("template.forgotten").await;
+        let _ = std::fs::remove_file(template.log.path());
+        if let Some(snapshot) = snapshot {
+            self.drop_layer(&snapshot);
+        }
+        tracing::info!(template = name, "template gone");
+        Ok(())
+    }
+
+    /// Removes a template's snapshot if nothing stands on it any more.
+    pub(super) fn drop_layer(&self, snapshot: &str) {
+        if !self.needed_snapshots().contains(snapshot)
+            && let Err(e) = self.store.remove(snapshot)
+        {
+            tracing::warn!(snapshot, "cannot remove: {e}");
+        }
+    }
+
+    /// Closes a template's pool and waits for its VMs to be gone.
+    pub(super) async fn close_pool(&self, name: &str) {
         if let Some((_, pool)) = self.pools.remove(name) {
             pool.close();
             if tokio::time::timeout(END_DEADLINE, pool.ended()).await.is_err() {
                 tracing::warn!(template = name, "its pool does not end");
             }
         }
-        self.context.db.template_gone(name).await?;
-        crate::failpoint::reached("template.forgotten").await;
-        let _ = std::fs::remove_file(template.log.path());
-        if let Some(snapshot) = snapshot
-            && !self.needed_snapshots().contains(&snapshot)
-            && let Err(e) = self.store.remove(&snapshot)
-        {
-            tracing::warn!(snapshot, "cannot remove: {e}");
-        }
-        tracing::info!(template = name, "template gone");
-        Ok(())
     }
 
     /// What stands in the way of a template's end.

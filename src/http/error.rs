@@ -1,8 +1,8 @@
 //! Errors as users see them: problem+json (RFC 9457) with the members `code`, `message` and
 //! `error_code` besides, so that one body serves every client.
 //!
-//! This is the only place where an engine error gets a status code. `error_code` is a closed list:
-//! the constants in this file and those of the guest agent.
+//! This is the only place where an engine error gets a status code. `error_code` is a closed list,
+//! [`ErrorCode`].
 
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -12,6 +12,7 @@ use serde::Serialize;
 use snapshotter::vmm::VmmError;
 use utoipa::ToSchema;
 
+pub use super::error_code::ErrorCode;
 use super::request_id;
 use crate::engine::budget::NoRoom;
 use crate::engine::db::DbError;
@@ -48,8 +49,7 @@ pub struct Problem {
     #[schema(min_length = 1)]
     message: String,
     /// For programs: one of a closed list
-    #[schema(pattern = "^[a-z_]+$")]
-    error_code: String,
+    error_code: ErrorCode,
     /// The same as `X-Request-Id`
     request_id: String,
     /// State of the sandbox, when that is what forbids it
@@ -66,14 +66,14 @@ pub struct Refusal {
     /// For people
     message: String,
     /// For programs
-    error_code: String,
+    error_code: ErrorCode,
 }
 
 /// An error on its way to the user.
 #[derive(Debug)]
 pub struct ApiError {
     status: StatusCode,
-    error_code: String,
+    error_code: ErrorCode,
     message: String,
     retry_after_seconds: Option<u32>,
     /// State of the sandbox that refused a transition.
@@ -82,14 +82,8 @@ pub struct ApiError {
 
 impl ApiError {
     /// An error with its status, code and text.
-    pub fn new(status: StatusCode, error_code: &str, message: impl Into<String>) -> Self {
-        Self {
-            status,
-            error_code: error_code.to_owned(),
-            message: message.into(),
-            retry_after_seconds: None,
-            state: None,
-        }
+    pub fn new(status: StatusCode, error_code: ErrorCode, message: impl Into<String>) -> Self {
+        Self { status, error_code, message: message.into(), retry_after_seconds: None, state: None }
     }
 
     /// The same, with a hint when to come again.
@@ -100,12 +94,12 @@ impl ApiError {
 
     /// The body or a parameter cannot be parsed.
     pub fn malformed(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::BAD_REQUEST, "malformed_request", message)
+        Self::new(StatusCode::BAD_REQUEST, ErrorCode::MALFORMED_REQUEST, message)
     }
 
     /// A field's value is not acceptable. `message` names the field and what would be right.
     pub fn invalid(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid_field", message)
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, ErrorCode::INVALID_FIELD, message)
     }
 
     /// Its status.
@@ -114,8 +108,13 @@ impl ApiError {
     }
 
     /// What kind it is.
-    pub fn error_code(&self) -> &str {
-        &self.error_code
+    pub fn error_code(&self) -> &'static str {
+        self.error_code.as_str()
+    }
+
+    /// The same with another status.
+    pub fn with_status(self, status: StatusCode) -> Self {
+        Self { status, ..self }
     }
 
     /// Its text.
@@ -131,39 +130,39 @@ impl ApiError {
 
     /// No such route.
     pub fn route_not_found() -> Self {
-        Self::new(StatusCode::NOT_FOUND, "route_not_found", "no such route; see /v1/info")
+        Self::new(StatusCode::NOT_FOUND, ErrorCode::ROUTE_NOT_FOUND, "no such route; see /v1/info")
     }
 
     /// The route exists with other methods.
     pub fn method_not_allowed() -> Self {
         let message = "this route does not take this method; the Allow header lists those it does";
-        Self::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, ErrorCode::METHOD_NOT_ALLOWED, message)
     }
 
     /// A plain request to a route that is a WebSocket.
     pub fn websocket_needed(why: &str) -> Self {
         let message = format!("this route is a WebSocket: {why}");
-        Self::new(StatusCode::UPGRADE_REQUIRED, "websocket_needed", message)
+        Self::new(StatusCode::UPGRADE_REQUIRED, ErrorCode::WEBSOCKET_NEEDED, message)
     }
 
     /// No or wrong key.
     pub fn unauthorized() -> Self {
         let message = "missing or wrong API key: send it as \"Authorization: Bearer KEY\" or \
                        \"X-API-Key: KEY\"";
-        Self::new(StatusCode::UNAUTHORIZED, "unauthorized", message)
+        Self::new(StatusCode::UNAUTHORIZED, ErrorCode::UNAUTHORIZED, message)
     }
 
     /// A key that may not do this.
     pub fn forbidden(key: &str, scope: Scope) -> Self {
         let scope = scope.as_str();
         let message = format!("the API key {key:?} lacks the scope {scope:?}");
-        Self::new(StatusCode::FORBIDDEN, "forbidden", message)
+        Self::new(StatusCode::FORBIDDEN, ErrorCode::FORBIDDEN, message)
     }
 
     /// No such template.
     pub fn template_not_found(name: &str) -> Self {
         let message = format!("no template {name:?}; GET /v1/templates lists them");
-        Self::new(StatusCode::NOT_FOUND, "template_not_found", message)
+        Self::new(StatusCode::NOT_FOUND, ErrorCode::TEMPLATE_NOT_FOUND, message)
     }
 }
 
@@ -179,7 +178,7 @@ impl IntoResponse for ApiError {
             instance,
             code,
             message: self.message.clone(),
-            error_code: self.error_code.clone(),
+            error_code: self.error_code,
             request_id,
             state: self.state,
         };
@@ -202,15 +201,15 @@ impl IntoResponse for ApiError {
 
 impl From<DbError> for ApiError {
     fn from(e: DbError) -> Self {
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "state_store_failed", e.to_string())
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, ErrorCode::STATE_STORE_FAILED, e.to_string())
     }
 }
 
 impl From<QuotaError> for ApiError {
     fn from(e: QuotaError) -> Self {
         let code = match e {
-            QuotaError::Full { .. } => "quota_exceeded",
-            QuotaError::TooFast { .. } => "too_many_claims",
+            QuotaError::Full { .. } => ErrorCode::QUOTA_EXCEEDED,
+            QuotaError::TooFast { .. } => ErrorCode::TOO_MANY_CLAIMS,
         };
         let seconds = e.retry_after().as_secs_f64().ceil().max(1.0) as u32;
         Self::new(StatusCode::TOO_MANY_REQUESTS, code, e.to_string()).retry_after(seconds)
@@ -221,8 +220,12 @@ impl From<KeyError> for ApiError {
     fn from(e: KeyError) -> Self {
         let message = e.to_string();
         match e {
-            KeyError::NameTaken(_) => Self::new(StatusCode::CONFLICT, "name_taken", message),
-            KeyError::NotFound(_) => Self::new(StatusCode::NOT_FOUND, "key_not_found", message),
+            KeyError::NameTaken(_) => {
+                Self::new(StatusCode::CONFLICT, ErrorCode::NAME_TAKEN, message)
+            }
+            KeyError::NotFound(_) => {
+                Self::new(StatusCode::NOT_FOUND, ErrorCode::KEY_NOT_FOUND, message)
+            }
             KeyError::Db(e) => e.into(),
         }
     }
@@ -233,10 +236,10 @@ impl From<SandboxError> for ApiError {
         let message = e.to_string();
         match e {
             SandboxError::NotFound(_) => {
-                Self::new(StatusCode::NOT_FOUND, "sandbox_not_found", message)
+                Self::new(StatusCode::NOT_FOUND, ErrorCode::SANDBOX_NOT_FOUND, message)
             }
             SandboxError::WrongState { state, .. } => {
-                let e = Self::new(StatusCode::CONFLICT, "wrong_state", message);
+                let e = Self::new(StatusCode::CONFLICT, ErrorCode::WRONG_STATE, message);
                 Self { state: Some(state), ..e }
             }
             SandboxError::Db(e) => e.into(),
@@ -250,7 +253,7 @@ impl From<CreateError> for ApiError {
         match e {
             CreateError::NoTemplate(name) => Self::template_not_found(&name),
             CreateError::NotReady { .. } => {
-                Self::new(StatusCode::SERVICE_UNAVAILABLE, "template_not_ready", message)
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::TEMPLATE_NOT_READY, message)
                     .retry_after(5)
             }
             CreateError::Snapshot(e) => e.into(),
@@ -265,10 +268,10 @@ impl From<RestoreError> for ApiError {
     fn from(e: RestoreError) -> Self {
         let message = e.to_string();
         let code = match e {
-            RestoreError::Identity { .. } => "identity_not_proven",
-            RestoreError::Key(_) => "key_unavailable",
-            RestoreError::Network(_) => "network_failed",
-            _ => "restore_failed",
+            RestoreError::Identity { .. } => ErrorCode::IDENTITY_NOT_PROVEN,
+            RestoreError::Key(_) => ErrorCode::KEY_UNAVAILABLE,
+            RestoreError::Network(_) => ErrorCode::NETWORK_FAILED,
+            _ => ErrorCode::RESTORE_FAILED,
         };
         Self::new(StatusCode::SERVICE_UNAVAILABLE, code, message).retry_after(1)
     }
@@ -291,10 +294,10 @@ impl From<WorkspaceError> for ApiError {
         let (status, code) = match e {
             WorkspaceError::NoRoom(e) => return e.into(),
             WorkspaceError::Vmm(VmmError::Unsupported(_)) => {
-                (StatusCode::CONFLICT, "snapshot_unsupported")
+                (StatusCode::CONFLICT, ErrorCode::SNAPSHOT_UNSUPPORTED)
             }
-            WorkspaceError::Key(_) => (StatusCode::SERVICE_UNAVAILABLE, "key_unavailable"),
-            _ => (StatusCode::INTERNAL_SERVER_ERROR, "workspace_failed"),
+            WorkspaceError::Key(_) => (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::KEY_UNAVAILABLE),
+            _ => (StatusCode::INTERNAL_SERVER_ERROR, ErrorCode::WORKSPACE_FAILED),
         };
         let error = Self::new(status, code, e.to_string());
         if status == StatusCode::SERVICE_UNAVAILABLE { error.retry_after(5) } else { error }
@@ -305,16 +308,18 @@ impl From<NetworkChangeError> for ApiError {
     fn from(e: NetworkChangeError) -> Self {
         match e {
             NetworkChangeError::Sandbox(e) => e.into(),
-            NetworkChangeError::Network(e) => {
-                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "network_failed", e.to_string())
-            }
+            NetworkChangeError::Network(e) => Self::new(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                ErrorCode::NETWORK_FAILED,
+                e.to_string(),
+            ),
         }
     }
 }
 
 impl From<NoRoom> for ApiError {
     fn from(e: NoRoom) -> Self {
-        Self::new(StatusCode::INSUFFICIENT_STORAGE, "disk_budget_exceeded", e.to_string())
+        Self::new(StatusCode::INSUFFICIENT_STORAGE, ErrorCode::DISK_BUDGET_EXCEEDED, e.to_string())
     }
 }
 
@@ -323,7 +328,7 @@ impl From<BuildRequestError> for ApiError {
         match e {
             BuildRequestError::Invalid(message) => Self::invalid(message),
             e @ BuildRequestError::Exists(_) => {
-                Self::new(StatusCode::CONFLICT, "template_exists", e.to_string())
+                Self::new(StatusCode::CONFLICT, ErrorCode::TEMPLATE_EXISTS, e.to_string())
             }
             BuildRequestError::NoRoom(e) => e.into(),
             BuildRequestError::Db(e) => e.into(),
@@ -336,11 +341,11 @@ impl From<DeleteError> for ApiError {
         match e {
             DeleteError::NotFound(name) => Self::template_not_found(&name),
             e @ DeleteError::InUse { .. } => {
-                Self::new(StatusCode::CONFLICT, "template_in_use", e.to_string())
+                Self::new(StatusCode::CONFLICT, ErrorCode::TEMPLATE_IN_USE, e.to_string())
             }
             e @ DeleteError::Busy(_) => {
                 let status = StatusCode::SERVICE_UNAVAILABLE;
-                Self::new(status, "template_busy", e.to_string()).retry_after(5)
+                Self::new(status, ErrorCode::TEMPLATE_BUSY, e.to_string()).retry_after(5)
             }
             DeleteError::Db(e) => e.into(),
         }
@@ -352,12 +357,14 @@ impl From<InputError> for ApiError {
         let message = e.to_string();
         match e {
             InputError::Digest { .. } => Self::invalid(format!("body: {message}")),
-            InputError::NoRoom(_) => {
-                Self::new(StatusCode::INSUFFICIENT_STORAGE, "disk_budget_exceeded", message)
-            }
+            InputError::NoRoom(_) => Self::new(
+                StatusCode::INSUFFICIENT_STORAGE,
+                ErrorCode::DISK_BUDGET_EXCEEDED,
+                message,
+            ),
             InputError::Body(_) => Self::malformed(message),
             InputError::File(_) => {
-                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "input_not_kept", message)
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, ErrorCode::INPUT_NOT_KEPT, message)
             }
         }
     }
@@ -368,10 +375,12 @@ impl From<GcError> for ApiError {
         let message = e.to_string();
         match e {
             GcError::NotReady => {
-                Self::new(StatusCode::SERVICE_UNAVAILABLE, "template_not_ready", message)
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::TEMPLATE_NOT_READY, message)
                     .retry_after(5)
             }
-            GcError::File(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, "gc_failed", message),
+            GcError::File(_) => {
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, ErrorCode::GC_FAILED, message)
+            }
         }
     }
 }
@@ -382,12 +391,14 @@ impl From<AgentError> for ApiError {
             AgentError::Refused { status, error_code, message } => {
                 let status =
                     StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-                Self::new(status, &error_code, message)
+                Self::new(status, ErrorCode::of_agent(&error_code), message)
             }
             AgentError::Timeout { .. } => {
-                Self::new(StatusCode::GATEWAY_TIMEOUT, "guest_timeout", e.to_string())
+                Self::new(StatusCode::GATEWAY_TIMEOUT, ErrorCode::GUEST_TIMEOUT, e.to_string())
             }
-            other => Self::new(StatusCode::BAD_GATEWAY, "guest_unreachable", other.to_string()),
+            other => {
+                Self::new(StatusCode::BAD_GATEWAY, ErrorCode::GUEST_UNREACHABLE, other.to_string())
+            }
         }
     }
 }

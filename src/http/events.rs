@@ -23,7 +23,7 @@ use serde::Serialize;
 use tokio::sync::{Semaphore, SemaphorePermit, watch};
 
 use super::App;
-use super::error::ApiError;
+use super::error::{ApiError, ErrorCode};
 use super::stats::{self, StatsView};
 use crate::live;
 
@@ -49,7 +49,7 @@ pub async fn stream(
     let Ok(permit) = VIEWERS.try_acquire() else {
         let message = format!("{MAX_VIEWERS} viewers are connected already; close one");
         let status = StatusCode::TOO_MANY_REQUESTS;
-        return Err(ApiError::new(status, "too_many_viewers", message).retry_after(5));
+        return Err(ApiError::new(status, ErrorCode::TOO_MANY_VIEWERS, message).retry_after(5));
     };
     let viewer = Viewer::new(app, permit);
     Ok(Sse::new(stream::unfold(viewer, |mut viewer| async move {

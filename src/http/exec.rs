@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::App;
-use super::error::ApiError;
+use super::error::{ApiError, ErrorCode};
 use super::json::JsonBody;
 use super::openapi::{argv_schema, env_schema};
 use super::sandboxes::check_env;
@@ -205,7 +205,7 @@ fn streamed(stream: ExecStream, in_use: InUse) -> Response {
 /// The last frame of a stream whose VM went away.
 fn broken(e: &AgentError) -> Bytes {
     let frame = serde_json::json!({
-        "type": "error", "error_code": "guest_unreachable", "message": e.to_string(),
+        "type": "error", "error_code": ErrorCode::GUEST_UNREACHABLE, "message": e.to_string(),
     });
     Bytes::from(format!("{frame}\n"))
 }
@@ -224,7 +224,11 @@ async fn buffered(mut stream: ExecStream) -> Result<Response, ApiError> {
             Some(ExecFrame::Stderr(chunk)) => keep(&mut err, &bytes_of(chunk)?),
             Some(ExecFrame::Exit(exit)) => break exit,
             Some(ExecFrame::Error(e)) => {
-                return Err(ApiError::new(StatusCode::BAD_GATEWAY, &e.error_code, e.message));
+                return Err(ApiError::new(
+                    StatusCode::BAD_GATEWAY,
+                    ErrorCode::of_agent(&e.error_code),
+                    e.message,
+                ));
             }
             Some(_) => {}
             None => {

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 
 use super::App;
-use super::error::ApiError;
+use super::error::{ApiError, ErrorCode};
 use super::exec::agent_of;
 
 /// Request headers that mean something to the agent.
@@ -135,7 +135,7 @@ pub async fn forward(
     } else {
         tokio::time::timeout(ANSWER_DEADLINE, agent.send(request)).await.map_err(|_| {
             let message = format!("the guest did not answer within {ANSWER_DEADLINE:?}");
-            ApiError::new(StatusCode::GATEWAY_TIMEOUT, "guest_timeout", message)
+            ApiError::new(StatusCode::GATEWAY_TIMEOUT, ErrorCode::GUEST_TIMEOUT, message)
         })??
     };
     if !answer.status().is_success() {
@@ -154,10 +154,10 @@ pub async fn refused(answer: Response<Incoming>) -> ApiError {
     let bytes = Limited::new(answer.into_body(), MAX_ERROR).collect().await;
     let bytes = bytes.map(http_body_util::Collected::to_bytes).unwrap_or_default();
     match serde_json::from_slice::<guest_agent::wire::ErrorBody>(&bytes) {
-        Ok(error) => ApiError::new(status, &error.error_code, error.message),
+        Ok(error) => ApiError::new(status, ErrorCode::of_agent(&error.error_code), error.message),
         Err(_) => ApiError::new(
             StatusCode::BAD_GATEWAY,
-            "guest_unreachable",
+            ErrorCode::GUEST_UNREACHABLE,
             format!("the guest answered {status} without saying why"),
         ),
     }

@@ -21,9 +21,10 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use tracing::Instrument;
 use uffd_handler::seal::Key;
 
-use super::error::ApiError;
+use super::error::{ApiError, ErrorCode};
 use super::{App, MAX_JSON_BYTES, auth, request_id};
 use crate::engine::db::{Db, Known};
 
@@ -74,7 +75,7 @@ pub async fn once(
     let (head, body) = request.into_parts();
     let body = to_bytes(body, MAX_JSON_BYTES).await.map_err(|_| {
         let message = format!("the body is longer than {MAX_JSON_BYTES} bytes");
-        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_long", message)
+        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, ErrorCode::BODY_TOO_LONG, message)
     })?;
     let digest = Sha256::new()
         .chain_update(head.uri.to_string().as_bytes())
@@ -90,13 +91,13 @@ pub async fn once(
             let message = format!("Idempotency-Key: {key:?} was used for another request");
             return Err(ApiError::new(
                 StatusCode::UNPROCESSABLE_ENTITY,
-                "idempotency_key_reused",
+                ErrorCode::IDEMPOTENCY_KEY_REUSED,
                 message,
             ));
         }
         Known::UnderWay => {
             let message = format!("Idempotency-Key: the request with {key:?} is still under way");
-            let e = ApiError::new(StatusCode::CONFLICT, "request_under_way", message);
+            let e = ApiError::new(StatusCode::CONFLICT, ErrorCode::REQUEST_UNDER_WAY, message);
             return Err(e.retry_after(1));
         }
     }
@@ -108,7 +109,7 @@ pub async fn once(
         let response = next.run(request).await;
         keep(&db, &secret, &claimed, response).await
     }));
-    match tokio::spawn(work).await {
+    match tokio::spawn(work.in_current_span()).await {
         Ok(response) => Ok(response?),
         Err(e) => std::panic::resume_unwind(e.into_panic()),
     }
@@ -165,7 +166,7 @@ async fn keep(db: &Db, secret: &Key, name: &str, response: Response) -> Result<R
 
 fn unkept(e: &dyn std::fmt::Display) -> ApiError {
     let message = format!("the request was done, its reply could not be kept: {e}");
-    ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "state_store_failed", message)
+    ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, ErrorCode::STATE_STORE_FAILED, message)
 }
 
 fn replay(secret: &Key, status: u16, stored: &str) -> Result<Response, ApiError> {

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde_json::error::Category;
 
 use super::MAX_JSON_BYTES;
-use super::error::ApiError;
+use super::error::{ApiError, ErrorCode};
 
 /// A JSON body, parsed.
 #[derive(Debug)]
@@ -42,7 +42,7 @@ fn not_json(e: &serde_json::Error) -> ApiError {
 fn too_long(rejection: &BytesRejection) -> ApiError {
     if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
         let message = format!("the body is longer than {MAX_JSON_BYTES} bytes");
-        return ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_long", message);
+        return ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, ErrorCode::BODY_TOO_LONG, message);
     }
     ApiError::malformed(rejection.body_text())
 }

@@ -32,6 +32,7 @@
 mod access;
 pub mod auth;
 pub mod error;
+mod error_code;
 mod events;
 mod exec;
 pub mod files;

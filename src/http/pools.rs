@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::App;
-use super::error::ApiError;
+use super::error::{ApiError, ErrorCode};
 use super::json::JsonBody;
 use crate::engine::PoolNumbers;
 
@@ -98,5 +98,5 @@ pub async fn set(
 
 fn pool_not_found(template: &str) -> ApiError {
     let message = format!("no pool for a template {template:?}; GET /v1/pools lists them");
-    ApiError::new(StatusCode::NOT_FOUND, "pool_not_found", message)
+    ApiError::new(StatusCode::NOT_FOUND, ErrorCode::POOL_NOT_FOUND, message)
 }

@@ -24,7 +24,7 @@ use tokio::net::TcpStream;
 
 use super::App;
 use super::auth::account_of;
-use super::error::ApiError;
+use super::error::{ApiError, ErrorCode};
 use super::exec::agent_of;
 use super::host::port_and_id;
 use crate::e2b::ENVD_PORT;
@@ -126,7 +126,7 @@ async fn proxy(app: &App, way: Way, mut request: Request) -> Result<Response, Ap
     let inward = hyper::upgrade::on(&mut answer);
     let Some(outward) = outward else {
         let message = "the guest switched protocols, and nobody asked it to";
-        return Err(ApiError::new(StatusCode::BAD_GATEWAY, "guest_unreachable", message));
+        return Err(ApiError::new(StatusCode::BAD_GATEWAY, ErrorCode::GUEST_UNREACHABLE, message));
     };
     // Lasts as long as both ends want it to; the guest's end closes when its VM goes.
     tokio::spawn(async move {
@@ -168,7 +168,7 @@ fn authorize(
         "port {port} of this sandbox is not public: send the sandbox's access token as \
          \"X-Access-Token: TOKEN\" or \"Authorization: Bearer TOKEN\""
     );
-    Err(ApiError::new(StatusCode::UNAUTHORIZED, "unauthorized", message))
+    Err(ApiError::new(StatusCode::UNAUTHORIZED, ErrorCode::UNAUTHORIZED, message))
 }
 
 /// The protocol that the client wants to go over to.
@@ -238,7 +238,7 @@ async fn send(
 ) -> Result<axum::http::Response<hyper::body::Incoming>, ApiError> {
     let failed = |e: hyper::Error| {
         let message = format!("port {port} of the guest does not speak HTTP: {e}");
-        ApiError::new(StatusCode::BAD_GATEWAY, "port_failed", message)
+        ApiError::new(StatusCode::BAD_GATEWAY, ErrorCode::PORT_FAILED, message)
     };
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(failed)?;
     // Ends with the answer's body, or with whatever the connection becomes.

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use utoipa::IntoParams;
 
 use super::App;
-use super::error::ApiError;
+use super::error::{ApiError, ErrorCode};
 use super::exec::{START_DEADLINE, agent_of};
 
 /// A login shell: bash where there is one.
@@ -131,7 +131,7 @@ async fn converse(socket: WebSocket, mut shell: ExecStream) {
                 Ok(Some(_)) => {}
                 Ok(None) => return,
                 Err(e) => {
-                    let error_code = "guest_unreachable".to_owned();
+                    let error_code = ErrorCode::GUEST_UNREACHABLE.to_string();
                     break error(&ErrorBody { error_code, message: e.to_string() });
                 }
             }

@@ -12,6 +12,7 @@ use tracing::Instrument;
 use crate::audit::{Actor, Audit, Entry};
 use crate::engine::ids;
 use crate::listen::Peer;
+use crate::log;
 
 tokio::task_local! {
     static CURRENT: (String, String);
@@ -36,7 +37,7 @@ pub async fn track(State(audit): State<Audit>, request: Request, next: Next) -> 
     let route = request.extensions().get::<MatchedPath>();
     let route = route.map_or("none", MatchedPath::as_str).to_owned();
     let peer = request.extensions().get::<ConnectInfo<Peer>>().map(|c| c.0.0.clone());
-    let span = tracing::info_span!("request", id = %id, %method, route = %route);
+    let span = tracing::info_span!(log::REQUEST, id = %id, %method, route = %route);
     let scope = CURRENT.scope((id.clone(), path.clone()), next.run(request));
     let mut response = scope.instrument(span.clone()).await;
     if let Ok(value) = HeaderValue::from_str(&id) {

@@ -1,7 +1,6 @@
 //! `/v1/sandboxes`: create, list, get, delete, timeout.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write;
 use std::time::Duration;
 
 use axum::Json;
@@ -134,17 +133,15 @@ impl SandboxView {
 
     /// The reply to a request that made a VM work: body, and the phases as `Server-Timing`.
     pub fn reply(self, status: StatusCode) -> Response {
-        let mut phases = String::new();
-        for (phase, ms) in &self.timings_ms {
-            let comma = if phases.is_empty() { "" } else { ", " };
-            let _ = write!(phases, "{comma}{phase};dur={ms}");
-        }
-        let mut response = (status, Json(self)).into_response();
-        if let Ok(value) = HeaderValue::from_str(&phases) {
-            response.headers_mut().insert("server-timing", value);
-        }
-        response
+        let timing = server_timing(&self.timings_ms);
+        (status, timing, Json(self)).into_response()
     }
+}
+
+/// Phases as the header `Server-Timing`.
+pub fn server_timing(timings: &Timings) -> Option<[(&'static str, String); 1]> {
+    let phases: Vec<_> = timings.iter().map(|(phase, ms)| format!("{phase};dur={ms}")).collect();
+    (!phases.is_empty()).then(|| [("server-timing", phases.join(", "))])
 }
 
 /// A sandbox to make

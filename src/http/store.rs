@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::App;
-use super::error::ApiError;
+use super::error::{ApiError, ErrorCode};
 use super::json::JsonBody;
 use crate::engine::build::is_sha256;
 use crate::engine::gc::Garbage;
@@ -73,7 +73,11 @@ pub async fn get_input(
     if app.engine.inputs().has(&sha256) {
         return Ok(Json(Input { sha256 }));
     }
-    Err(ApiError::new(StatusCode::NOT_FOUND, "input_not_found", format!("no input {sha256}")))
+    Err(ApiError::new(
+        StatusCode::NOT_FOUND,
+        ErrorCode::INPUT_NOT_FOUND,
+        format!("no input {sha256}"),
+    ))
 }
 
 /// Bytes on disk, files with several names counted once

@@ -15,13 +15,12 @@ use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use utoipa::{IntoParams, ToSchema};
 
 use super::App;
-use super::error::ApiError;
+use super::error::{ApiError, ErrorCode};
 use super::json::JsonBody;
 use crate::engine::Engine;
-use crate::engine::build::{BuildLog, Spec, Step};
+use crate::engine::build::{BuildLog, Spec, Step, check_name};
 use crate::engine::template::{BASE, Failure, ReadyTemplate, Template, TemplateState};
 
-const MAX_NAME: usize = 64;
 /// Bytes of a log read at a time.
 const LOG_CHUNK: u64 = 64 << 10;
 
@@ -202,20 +201,6 @@ fn base() -> String {
     BASE.to_owned()
 }
 
-/// Names are parts of paths, of URLs and of files.
-fn check_name(name: &str) -> Result<(), ApiError> {
-    let legal = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_.".contains(&b);
-    let starts = name.bytes().next().is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
-    if starts && name.len() <= MAX_NAME && name.bytes().all(legal) {
-        return Ok(());
-    }
-    let message = format!(
-        "name: {name:?} is not 1 to {MAX_NAME} of a-z, 0-9, '-', '_' and '.', beginning with a \
-         letter or digit"
-    );
-    Err(ApiError::invalid(message))
-}
-
 /// Derive a template: a build begins, or the same one is found
 #[utoipa::path(post, path = "/templates", tag = "templates", operation_id = "build_template",
     request_body = BuildBody,
@@ -226,20 +211,12 @@ pub async fn build(
     State(app): State<App>,
     JsonBody(body): JsonBody<BuildBody>,
 ) -> Result<Response, ApiError> {
-    check_name(&body.name)?;
-    let mut steps = Vec::with_capacity(body.steps.len());
-    for (number, mut step) in body.steps.into_iter().enumerate() {
-        keep_archive(&app, number, &mut step).await?;
-        let parsed = serde_path_to_error::deserialize(step).map_err(|e| {
-            let place = e.path().to_string();
-            let dot = if place == "." { "" } else { "." };
-            let place = place.trim_start_matches('.');
-            ApiError::invalid(format!("steps[{number}]{dot}{place}: {}", e.inner()))
-        })?;
-        steps.push(parsed);
+    check_name(&body.name).map_err(ApiError::invalid)?;
+    let mut steps = body.steps;
+    for (number, step) in steps.iter_mut().enumerate() {
+        keep_archive(&app, number, step).await?;
     }
-    let spec = Spec { from: body.from, steps };
-    spec.check().map_err(ApiError::invalid)?;
+    let spec = Spec::parse(body.from, steps).map_err(ApiError::invalid)?;
     let template = app.engine.build_template(&body.name, spec).await?;
     let view = TemplateView::new(&app.engine, &template);
     Ok((StatusCode::ACCEPTED, Json(view)).into_response())
@@ -320,7 +297,7 @@ impl LogReader {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
             Err(e) => {
                 let status = StatusCode::INTERNAL_SERVER_ERROR;
-                return Err(ApiError::new(status, "log_unreadable", e.to_string()));
+                return Err(ApiError::new(status, ErrorCode::LOG_UNREADABLE, e.to_string()));
             }
         };
         Ok(Self { file, extent: log.watch(), at: 0, follow })

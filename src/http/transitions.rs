@@ -11,7 +11,7 @@ use super::App;
 use super::error::{ApiError, Refusal};
 use super::idempotency;
 use super::json::JsonBody;
-use super::sandboxes::{SandboxView, timeout};
+use super::sandboxes::{SandboxView, server_timing, timeout};
 use crate::engine::TokenChoice;
 
 /// Clones per request.
@@ -106,7 +106,9 @@ enum ForkItem {
 #[utoipa::path(post, path = "/sandboxes/{id}/fork", tag = "sandboxes",
     operation_id = "fork_sandbox", params(("id" = String, Path, description = "A sandbox", pattern = "^[a-z0-9]{20}$")),
     request_body = Option<ForkBody>,
-    responses((status = 201, description = "The clones", body = ForkReply),
+    responses((status = 201, description = "The clones", body = ForkReply,
+            headers(("Server-Timing" = String, description = "How long the source stood still, and \
+                the phases of the whole, in milliseconds"))),
         (status = 404, description = "`sandbox_not_found`"),
         (status = 409, description = "`wrong_state`")))]
 pub async fn fork(
@@ -118,8 +120,9 @@ pub async fn fork(
         let message = format!("count: {} is not between 1 and {MAX_CLONES}", body.count);
         return Err(ApiError::invalid(message));
     }
-    let clones = app.engine.fork(&id, body.count, idempotency::current()).await?;
-    let items = clones
+    let forked = app.engine.fork(&id, body.count, idempotency::current()).await?;
+    let items = forked
+        .clones
         .into_iter()
         .map(|clone| match clone {
             Ok(created) => {
@@ -129,5 +132,6 @@ pub async fn fork(
             Err(e) => ForkItem::Failed { error: ApiError::from(e).into_part() },
         })
         .collect();
-    Ok((StatusCode::CREATED, Json(ForkReply { items })).into_response())
+    let timing = server_timing(&forked.timings);
+    Ok((StatusCode::CREATED, timing, Json(ForkReply { items })).into_response())
 }

@@ -89,7 +89,7 @@ async fn drain(mut body: Body) -> bool {
     }
     while let Some(frame) = body.frame().await {
         let Ok(frame) = frame else { return false };
-        read += frame.data_ref().map_or(0, |data| data.len());
+        read += frame.data_ref().map_or(0, bytes::Bytes::len);
         if read > MAX_REST {
             return false;
         }

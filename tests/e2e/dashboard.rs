@@ -58,6 +58,12 @@ async fn the_dashboard_shows_what_happens() {
     browser.until("document.querySelector('#tile-claim strong').textContent.includes('ms')").await;
     browser.until("document.querySelector('#latency-chart .dot.c-claim')").await;
     browser.until("document.querySelectorAll('#faults-chart .line').length > 0").await;
+    // So is one that found nothing parked, in lines of its own.
+    service.set_pool(0).await;
+    let cold = service.create().await;
+    browser.until("document.querySelector('#latency-chart .dot.c-cold')").await;
+    service.client().delete(&format!("/v1/sandboxes/{cold}")).await.expect(204);
+    service.set_pool(2).await;
 
     // It is kept over a reload of the tab.
     browser.go(&url).await;

@@ -16,7 +16,14 @@ async fn clones_share_the_past_and_nothing_else() {
     let counter = service.sh(&source, COUNTER).await;
     service.sh(&source, "echo disk > /root/note").await;
 
-    let reply = service.act(&source, "fork", &json!({ "count": 3 })).await.expect(201);
+    let reply = service.act(&source, "fork", &json!({ "count": 3 })).await;
+    let phases = reply.headers["server-timing"].to_str().unwrap();
+    let named: Vec<_> = phases.split(", ").filter_map(|p| p.split_once(";dur=")).collect();
+    for phase in ["stop", "clones", "total"] {
+        let took = named.iter().find(|(name, _)| *name == phase).map(|(_, ms)| ms.parse::<f64>());
+        assert!(took.unwrap().unwrap() > 0.0, "{phases}");
+    }
+    let reply = reply.expect(201);
     let clones = reply["items"].as_array().unwrap().clone();
     assert_eq!(clones.len(), 3, "{reply}");
     let ids: Vec<_> = clones.iter().map(id).collect();

@@ -40,6 +40,7 @@ mod package;
 mod pause;
 mod ports;
 mod refusals;
+mod request_ids;
 mod restart;
 mod sandboxes;
 mod soak;

@@ -3,7 +3,9 @@
 
 use super::{Answer, ApiError, Body, json, read_json};
 use crate::agent::Agent;
-use crate::wire::{LintReport, codes};
+use crate::clock::Instant;
+use crate::log::Line;
+use crate::wire::{LintReport, REQUEST_ID, codes};
 use crate::{boot, claim, exec, files, identity, notify, settle, tunnel, usage, users};
 use hyper::body::Incoming;
 use hyper::http::{Method, Request, Response};
@@ -12,10 +14,24 @@ use std::rc::Rc;
 
 /// Answers one request.
 pub(super) async fn handle(agent: Rc<Agent>, request: Request<Incoming>) -> Response<Body> {
-    match route(&agent, request).await {
+    let started = Instant::now();
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let id = request.headers().get(REQUEST_ID).cloned();
+    let response = match route(&agent, request).await {
         Ok(response) => response,
         Err(error) => error.into_response(),
+    };
+    // Asked every few moments, and nobody's request.
+    if path != "/health" {
+        agent.log.write(&Line {
+            request: id.as_ref().and_then(|id| id.to_str().ok()),
+            method: method.as_str(),
+            path: &path,
+            status: response.status().as_u16(),
+            micros: started.map_or(0, Instant::micros),
+        });
     }
+    response
 }
 
 async fn route(agent: &Rc<Agent>, request: Request<Incoming>) -> Answer {

@@ -166,8 +166,11 @@ impl FirecrackerShell {
             peer_pid: Some(record.process.pid),
         };
         let (id, plan) = (record.id.clone(), self.plan.clone());
-        let register =
-            tokio::task::spawn_blocking(move || register(&own, &expect, &pager, &id, &plan));
+        // Along with the thread goes whose request this is for.
+        let span = tracing::Span::current();
+        let register = tokio::task::spawn_blocking(move || {
+            span.in_scope(|| register(&own, &expect, &pager, &id, &plan))
+        });
         let register =
             async { register.await.unwrap_or_else(|e| Err(e.to_string())).map_err(memory_error) };
         let mut put = std::pin::pin!(put);

@@ -246,7 +246,9 @@ impl Vm for FirecrackerVm {
         if let Some(pager) = self.pager() {
             let id = self.record.id.clone();
             // It talks to another process, and may wait for it.
-            let _ = tokio::task::spawn_blocking(move || pager.remove_vm(&id)).await;
+            let span = tracing::Span::current();
+            let remove = move || span.in_scope(|| pager.remove_vm(&id));
+            let _ = tokio::task::spawn_blocking(remove).await;
         }
         if gone {
             let home = Arc::clone(&self.spawned.home);

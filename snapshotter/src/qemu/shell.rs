@@ -128,7 +128,10 @@ async fn register(
     let (id, plan) = (spec.id.clone(), spec.memory.clone());
     let expect =
         Expect { memory_bytes: spec.size.memory_bytes, peer_uid: None, peer_pid: Some(pid) };
+    // Along with the thread goes whose request this is for.
+    let span = tracing::Span::current();
     let work = move || -> Result<Arc<Supervisor>, String> {
+        let _in_span = span.enter();
         let handshake = handshake::accept(&listener, &expect, START_DEADLINE)
             .map_err(|e| format!("handshake: {e}"))?;
         pager.add_vm(&id, handshake, &plan).map_err(|e| format!("page server: {e}"))?;

@@ -2,7 +2,7 @@
 
 mod build;
 mod copy;
-mod steps;
+pub(super) mod steps;
 
 use std::process::ExitCode;
 

@@ -158,6 +158,29 @@ pub struct StepFile {
     archives: Vec<Archive>,
 }
 
+/// A copy step of a file that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PackStepError {
+    /// It does not say what goes where.
+    #[error("copy needs src and dst, both text")]
+    Incomplete,
+    /// What it copies cannot be read.
+    #[error(transparent)]
+    Copy(#[from] CopyError),
+}
+
+/// Packs what a step copies, from `src` relative to `dir`, and makes it the step that the API takes.
+/// Other steps are left as they are.
+pub fn pack(step: &mut Map<String, Value>, dir: &Path) -> Result<Option<Archive>, PackStepError> {
+    let Some(copied) = step.get_mut("copy") else { return Ok(None) };
+    let (Some(src), Some(dst)) = (copied["src"].as_str(), copied["dst"].as_str()) else {
+        return Err(PackStepError::Incomplete);
+    };
+    let (step, archive) = copy::step(&dir.join(src), dst)?;
+    *copied = step;
+    Ok(Some(archive))
+}
+
 /// A file of steps that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StepFileError {
@@ -192,14 +215,11 @@ impl StepFile {
         let dir = path.parent().unwrap_or(Path::new("."));
         let StepFile { steps, archives, .. } = &mut file;
         for (number, step) in steps.iter_mut().enumerate() {
-            let Some(copied) = step.get_mut("copy") else { continue };
-            let (Some(src), Some(dst)) = (copied["src"].as_str(), copied["dst"].as_str()) else {
-                let reason = format!("step {}: copy needs src and dst, both text", number + 1);
-                return Err(wrong(reason));
-            };
-            let (step, archive) = copy::step(&dir.join(src), dst)?;
-            *copied = step;
-            archives.push(archive);
+            let packed = pack(step, dir).map_err(|e| match e {
+                PackStepError::Incomplete => wrong(format!("step {}: {e}", number + 1)),
+                PackStepError::Copy(e) => e.into(),
+            })?;
+            archives.extend(packed);
         }
         Ok(file)
     }

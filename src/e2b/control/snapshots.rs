@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::body::with_memory;
 use crate::engine::SandboxSnapshot;
 use crate::http::App;
-use crate::http::error::ApiError;
+use crate::http::error::{ApiError, ErrorCode};
 use crate::http::json::JsonBody;
 use crate::http::sandboxes::{PAGE_LIMIT, parse_token, token_at};
 
@@ -100,5 +100,5 @@ pub async fn delete(
         return Ok(StatusCode::NO_CONTENT);
     }
     let message = format!("no snapshot {name:?}; templates are deleted at /v1/templates");
-    Err(ApiError::new(StatusCode::NOT_FOUND, "template_not_found", message))
+    Err(ApiError::new(StatusCode::NOT_FOUND, ErrorCode::TEMPLATE_NOT_FOUND, message))
 }

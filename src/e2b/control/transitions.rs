@@ -163,7 +163,7 @@ pub async fn fork(
     let timeout = body.timeout.map(|t| timeout(&app, t)).transpose()?;
     let place = Place::of(&headers);
     let mut items = Vec::new();
-    for clone in app.engine.fork(&id, count, idempotency::current()).await? {
+    for clone in app.engine.fork(&id, count, idempotency::current()).await?.clones {
         items.push(match clone {
             Ok(clone) => {
                 if let Some(timeout) = timeout {

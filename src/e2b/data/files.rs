@@ -16,7 +16,7 @@ use super::signature::{Operation, fits};
 use super::upload;
 use crate::e2b::DEFAULT_USER;
 use crate::http::App;
-use crate::http::error::ApiError;
+use crate::http::error::{ApiError, ErrorCode};
 use crate::http::files::forward;
 
 /// Parameters of `/files`.
@@ -65,7 +65,7 @@ async fn open(
 
 fn wrong_signature() -> Refusal {
     let message = "the URL's signature does not fit, or its time is up";
-    ApiError::new(axum::http::StatusCode::UNAUTHORIZED, "unauthorized", message).into()
+    ApiError::new(axum::http::StatusCode::UNAUTHORIZED, ErrorCode::UNAUTHORIZED, message).into()
 }
 
 fn query_of(parts: &Parts) -> Result<FilesQuery, ApiError> {

@@ -16,7 +16,7 @@ use crate::e2b::DEFAULT_USER;
 use crate::e2b::rpc::RpcError;
 use crate::engine::sandbox::Sandbox;
 use crate::http::App;
-use crate::http::error::ApiError;
+use crate::http::error::{ApiError, ErrorCode};
 
 /// The sandbox that the request's host name is of.
 #[derive(Debug, Clone)]
@@ -37,7 +37,7 @@ impl<E: Into<ApiError>> From<E> for Refusal {
             codes::USER_NOT_FOUND => StatusCode::UNAUTHORIZED,
             _ => return Self(e),
         };
-        Self(ApiError::new(status, e.error_code(), e.message()))
+        Self(e.with_status(status))
     }
 }
 
@@ -67,7 +67,7 @@ pub fn sandbox_id(parts: &Parts) -> Option<&str> {
 pub fn running(app: &App, id: &str) -> Result<Guest, Refusal> {
     let gone = |why: &str| {
         let message = format!("sandbox {id} was not found: {why}");
-        Refusal(ApiError::new(StatusCode::BAD_GATEWAY, "sandbox_not_running", message))
+        Refusal(ApiError::new(StatusCode::BAD_GATEWAY, ErrorCode::SANDBOX_NOT_RUNNING, message))
     };
     let sandbox = app.engine.sandbox(id).map_err(|_| gone("there is none with this id"))?;
     let state = sandbox.state().as_str();
@@ -86,7 +86,7 @@ pub fn shows_token(headers: &HeaderMap, sandbox: &Sandbox) -> bool {
 pub fn wrong_token() -> Refusal {
     let message = "missing or wrong access token: send the envdAccessToken of the sandbox as \
                    \"X-Access-Token: TOKEN\"";
-    Refusal(ApiError::new(StatusCode::UNAUTHORIZED, "unauthorized", message))
+    Refusal(ApiError::new(StatusCode::UNAUTHORIZED, ErrorCode::UNAUTHORIZED, message))
 }
 
 /// A running sandbox whose token was shown.

@@ -7,7 +7,7 @@ use axum::http::{Request, StatusCode};
 
 use super::guest::{Refusal, running, sandbox_id};
 use crate::http::App;
-use crate::http::error::ApiError;
+use crate::http::error::{ApiError, ErrorCode};
 
 /// How long the agent may take to answer.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -27,7 +27,7 @@ pub async fn health(
     let guest = running(&app, id)?;
     guest.agent.health(DEADLINE).await.map_err(|e| {
         let message = format!("sandbox {id} runs, but its agent's port is not open: {e}");
-        ApiError::new(StatusCode::BAD_GATEWAY, "guest_unreachable", message)
+        ApiError::new(StatusCode::BAD_GATEWAY, ErrorCode::GUEST_UNREACHABLE, message)
     })?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -17,7 +17,7 @@ use tokio_util::io::{ReaderStream, StreamReader};
 
 use super::files::FilesQuery;
 use super::path::{encode, resolve};
-use crate::http::error::ApiError;
+use crate::http::error::{ApiError, ErrorCode};
 use crate::http::files::refused;
 
 /// Pieces of a form's file on their way to the guest.
@@ -39,7 +39,11 @@ pub async fn take(
     match (kind, text(header::CONTENT_ENCODING)) {
         (_, other) if !matches!(other, "" | "identity" | "gzip") => {
             let message = format!("Content-Encoding: {other:?} is not known here, gzip is");
-            Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_encoding", message))
+            Err(ApiError::new(
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                ErrorCode::UNSUPPORTED_ENCODING,
+                message,
+            ))
         }
         ("application/octet-stream", encoding) => {
             let path = query.path.as_deref().filter(|path| !path.is_empty());
@@ -60,7 +64,11 @@ pub async fn take(
             let message = format!(
                 "Content-Type: {other:?} is neither multipart/form-data nor application/octet-stream"
             );
-            Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_type", message))
+            Err(ApiError::new(
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                ErrorCode::UNSUPPORTED_TYPE,
+                message,
+            ))
         }
     }
 }
@@ -163,7 +171,7 @@ async fn write(
     let answer = answer.map(http_body_util::Collected::to_bytes).unwrap_or_default();
     let entry: DirEntry = serde_json::from_slice(&answer).map_err(|e| {
         let message = format!("the guest's answer to an upload: {e}");
-        ApiError::new(StatusCode::BAD_GATEWAY, "guest_unreachable", message)
+        ApiError::new(StatusCode::BAD_GATEWAY, ErrorCode::GUEST_UNREACHABLE, message)
     })?;
     let mut written = json!({ "name": entry.name, "path": path, "type": "file" });
     if !entry.metadata.is_empty() {

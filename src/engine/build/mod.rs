@@ -1,7 +1,7 @@
 //! Builds: a derived template is made in a real VM of its parent.
 //!
 //! ```text
-//! queued --its turn, parent ready--> booting --steps ran--> settling --frozen--> snapshotting
+//! queued --parent ready, its turn--> booting --steps ran--> settling --frozen--> snapshotting
 //!    |                                  |                      |                     |  tried,
 //!    |  the same was built before       +------- failed <------+---------------------+  published
 //!    +------------------------------------------------------------------------------+--> ready
@@ -27,7 +27,7 @@ use snapshotter::manifest::ManifestError;
 use snapshotter::vmm::VmmError;
 
 pub use log::{BuildLog, Extent, Kind};
-pub use spec::{Spec, Step, is_sha256};
+pub use spec::{Spec, Step, check_name, is_sha256};
 pub use steps::{Runner, StepError};
 
 use super::Engine;
@@ -100,7 +100,8 @@ impl Engine {
         self.spawn(async move { engine.run_build(&template, attempt).await });
     }
 
-    async fn run_build(self: Arc<Self>, template: &Arc<Template>, attempt: u32) {
+    /// Builds a template, and says in it how that ended.
+    pub(super) async fn run_build(self: Arc<Self>, template: &Arc<Template>, attempt: u32) {
         let started = Instant::now();
         let log = &template.log;
         match self.build(template, attempt).await {
@@ -137,16 +138,19 @@ impl Engine {
     ) -> Result<(Arc<ReadyTemplate>, bool), BuildError> {
         let spec = template.spec.clone().unwrap_or_default();
         let turn = async {
-            // First come, first served: a parent that was asked for first is made first.
+            // The parent first: who held the slot while waiting for a parent that is yet to get it
+            // would wait for ever.
+            let parent = self.parent_of(&spec).await?;
+            let pin = self.pin(&parent.snapshot);
             let slot = self.build_slot.acquire().await.map_err(|_| BuildError::Cancelled)?;
-            Ok::<_, BuildError>((slot, self.parent_of(&spec).await?))
+            Ok::<_, BuildError>((slot, pin, parent))
         };
-        let (_slot, parent) = tokio::select! {
+        let (_slot, _parent, parent) = tokio::select! {
             turn = turn => turn?,
             () = template.cancel.cancelled() => return Err(BuildError::Cancelled),
         };
         let id = spec.snapshot_id(&parent.snapshot);
-        let (_parent, _own) = (self.pin(&parent.snapshot), self.pin(&id));
+        let _own = self.pin(&id);
         // The intent: what is published under this id from now on is not an orphan.
         self.note_build(template, &id, attempt).await?;
         failpoint::reached("build.begun").await;
@@ -169,7 +173,7 @@ impl Engine {
     async fn parent_of(&self, spec: &Spec) -> Result<Arc<ReadyTemplate>, BuildError> {
         let name = spec.from.clone();
         let problem = |problem: String| BuildError::Parent { name: name.clone(), problem };
-        let parent = self.template(&name).ok_or_else(|| problem("is gone".to_owned()))?;
+        let parent = self.template(&name).ok_or_else(|| problem("is not there".to_owned()))?;
         let mut status = parent.watch();
         let status = status.wait_for(|s| s.state.is_final()).await;
         let status = status.map_err(|_| problem("is gone".to_owned()))?.clone();

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 /// Changes when the same steps come to mean something else.
@@ -15,6 +16,8 @@ const MAX_TIMEOUT_SECONDS: f64 = 24.0 * 3600.0;
 const RUN_TIMEOUT: Duration = Duration::from_secs(600);
 /// How long something may be waited for when its step does not say.
 const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
+/// Characters of a template's name.
+const MAX_NAME: usize = 64;
 /// Characters of a step in messages.
 const SHOWN: usize = 120;
 
@@ -220,9 +223,36 @@ pub fn is_sha256(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }
 
+/// What is wrong with a template's name. Names are parts of paths, of URLs and of files.
+pub fn check_name(name: &str) -> Result<(), String> {
+    let legal = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_.".contains(&b);
+    let starts = name.bytes().next().is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+    if starts && name.len() <= MAX_NAME && name.bytes().all(legal) {
+        return Ok(());
+    }
+    Err(format!(
+        "name: {name:?} is not 1 to {MAX_NAME} of a-z, 0-9, '-', '_' and '.', beginning with a \
+         letter or digit"
+    ))
+}
+
 impl Spec {
-    /// What is wrong with it, naming the field.
-    pub fn check(&self) -> Result<(), String> {
+    /// From steps as they were written; what is wrong with them otherwise, naming the field.
+    pub fn parse(from: String, steps: Vec<Value>) -> Result<Self, String> {
+        let parse = |(number, step): (usize, Value)| {
+            serde_path_to_error::deserialize(step).map_err(|e| {
+                let place = e.path().to_string();
+                let dot = if place == "." { "" } else { "." };
+                let place = place.trim_start_matches('.');
+                format!("steps[{number}]{dot}{place}: {}", e.inner())
+            })
+        };
+        let steps = steps.into_iter().enumerate().map(parse).collect::<Result<_, _>>()?;
+        let spec = Self { from, steps };
+        spec.check().map(|()| spec)
+    }
+
+    fn check(&self) -> Result<(), String> {
         if self.steps.len() > MAX_STEPS {
             return Err(format!("steps: {} are more than {MAX_STEPS}", self.steps.len()));
         }
@@ -263,9 +293,7 @@ mod tests {
     use super::*;
 
     fn spec(steps: &str) -> Result<Spec, String> {
-        let text = format!(r#"{{"from": "base", "steps": {steps}}}"#);
-        let spec: Spec = serde_json::from_str(&text).map_err(|e| e.to_string())?;
-        spec.check().map(|()| spec)
+        Spec::parse("base".to_owned(), serde_json::from_str(steps).unwrap())
     }
 
     #[test]
@@ -294,8 +322,8 @@ mod tests {
         for (steps, wanted) in [
             (r#"[{"run": " "}]"#, "steps[0].run: a command is needed"),
             (r#"[{"run": {"command": "x", "timeout_seconds": -1}}]"#, "run.timeout_seconds: -1"),
-            (r#"[{"run": 5}]"#, "a command, or"),
-            (r#"[{"walk": "x"}]"#, "unknown variant `walk`, expected one of `run`"),
+            (r#"[{"run": 5}]"#, "steps[0].run: a command, or"),
+            (r#"[{"walk": "x"}]"#, "steps[0]: unknown variant `walk`, expected one of `run`"),
             (r#"[{"copy": {"dst": "srv", "archive_sha256": ""}}]"#, "copy.dst: \"srv\" is no abs"),
             (r#"[{"copy": {"dst": "/srv", "archive_sha256": "x"}}]"#, "archive_sha256: is not 64"),
             (r#"[{"env": {"A=": "b"}}]"#, "steps[0].env: \"A=\""),
@@ -305,6 +333,16 @@ mod tests {
         ] {
             let error = spec(steps).unwrap_err();
             assert!(error.contains(wanted), "{steps}: {error}");
+        }
+    }
+
+    #[test]
+    fn names_are_fit_for_paths() {
+        for good in ["a", "py3.12", "0-x_y"] {
+            assert_eq!(check_name(good), Ok(()));
+        }
+        for bad in ["", ".", "-a", "A", "a/b", "a b", &"a".repeat(65)] {
+            assert!(check_name(bad).unwrap_err().starts_with("name: "), "{bad}");
         }
     }
 

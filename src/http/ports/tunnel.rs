@@ -9,7 +9,7 @@ use hyper::body::Frame;
 use tokio::io::{AsyncWriteExt, DuplexStream};
 use tokio_util::io::ReaderStream;
 
-use crate::http::error::ApiError;
+use crate::http::error::{ApiError, ErrorCode};
 
 const OPEN_DEADLINE: Duration = Duration::from_secs(15);
 /// What is under way in each direction.
@@ -34,10 +34,12 @@ pub(super) async fn open(agent: &AgentClient, port: u16) -> Result<DuplexStream,
         let bytes = bytes.map(http_body_util::Collected::to_bytes).unwrap_or_default();
         let said = serde_json::from_slice::<guest_agent::wire::ErrorBody>(&bytes);
         return Err(match said {
-            Ok(error) => ApiError::new(status, &error.error_code, error.message),
+            Ok(error) => {
+                ApiError::new(status, ErrorCode::of_agent(&error.error_code), error.message)
+            }
             Err(_) => {
                 let message = format!("the guest answered {status} without saying why");
-                ApiError::new(StatusCode::BAD_GATEWAY, "guest_unreachable", message)
+                ApiError::new(StatusCode::BAD_GATEWAY, ErrorCode::GUEST_UNREACHABLE, message)
             }
         });
     }

@@ -1,6 +1,7 @@
 //! Derived templates: built by steps in a real VM, stacked, warm, deleted only when nothing needs
 //! them.
 
+mod configured;
 mod crash;
 mod failures;
 mod store;

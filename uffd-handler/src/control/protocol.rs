@@ -7,7 +7,7 @@ use crate::region::Region;
 use crate::source::LayerFiles;
 
 /// Changes whenever a message or the shared state changes its meaning.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Everything a page server has to know about a VM, beside its descriptors. These come in this
 /// order: userfaultfd, handshake socket (or pidfd), shared state, then what
@@ -28,6 +28,9 @@ pub struct Registration {
     pub working_set: Option<PathBuf>,
     /// Whether to put all pages in place in the end, and how long after the start.
     pub graduate_after_millis: Option<u64>,
+    /// The request of a user that it was made or claimed for, for messages.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request: Option<String>,
 }
 
 /// What a descriptor of a registration is.
@@ -77,6 +80,16 @@ pub enum Request {
     RemoveVm {
         /// Which.
         id: String,
+        /// The request of a user that it goes for.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        request: Option<String>,
+    },
+    /// Name the request that a VM is used for from now on.
+    Claim {
+        /// Which.
+        id: String,
+        /// The request.
+        request: String,
     },
     /// Put all of a VM's pages in place from now on.
     Graduate {
@@ -175,4 +188,23 @@ pub enum FromPager {
     },
     /// An event.
     Event(Event),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As an earlier version wrote VMs down: they are to be recovered after an upgrade.
+    const OLD: &str = r#"{"id":"a","memory_bytes":4096,"regions":[],"peer_pid":1,"layers":[],
+        "working_set":null,"graduate_after_millis":null}"#;
+
+    #[test]
+    fn a_registration_without_a_request_is_as_it_was() {
+        let mut registration: Registration = serde_json::from_str(OLD).unwrap();
+        assert_eq!(registration.request, None);
+        let old: serde_json::Value = serde_json::from_str(OLD).unwrap();
+        assert_eq!(serde_json::to_value(&registration).unwrap(), old);
+        registration.request = Some("r".into());
+        assert_eq!(serde_json::to_value(&registration).unwrap()["request"], "r");
+    }
 }

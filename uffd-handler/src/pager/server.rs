@@ -238,8 +238,19 @@ impl Server {
                 Ok(()) => (Reply::Done, None),
                 Err(message) => failed(message),
             },
-            Request::RemoveVm { id } => match self.vms.remove(&id) {
-                Some(_) => (Reply::Done, None),
+            Request::RemoveVm { id, request } => match self.vms.remove(&id) {
+                Some(_) => {
+                    tracing::info!(vm = id, request, "not served any more");
+                    (Reply::Done, None)
+                }
+                None => failed(format!("no VM {id}")),
+            },
+            Request::Claim { id, request } => match self.vms.get_mut(&id) {
+                Some(vm) => {
+                    tracing::info!(vm = id, request, "claimed");
+                    vm.registration.request = Some(request);
+                    (Reply::Done, None)
+                }
                 None => failed(format!("no VM {id}")),
             },
             Request::Graduate { id } => match self.vms.get_mut(&id).map(Vm::graduate) {
@@ -281,11 +292,12 @@ impl Server {
         let event = match what {
             What::End(End::Stopped) => return,
             What::End(End::Gone) => {
+                tracing::info!(vm = id, request = vm.registration.request, "ended");
                 self.vms.remove(&id);
                 Event::VmGone { id }
             }
             What::End(End::Lost(reason)) => {
-                tracing::error!(vm = id, reason, "VM lost");
+                tracing::error!(vm = id, request = vm.registration.request, reason, "VM lost");
                 vm.lost = Some(reason.clone());
                 Event::VmLost { id, reason }
             }

@@ -83,9 +83,12 @@ impl Vm {
     ) -> Result<Self, TakeError> {
         let (stop, stop_writer) = std::io::pipe()?;
         let session = Arc::new(open_session(&registration, &fds, cache, stop)?);
+        let (id, request) = (&registration.id, &registration.request);
         if session.state.begin_service() {
-            tracing::info!(vm = registration.id, "taken over");
+            tracing::info!(vm = id, request, "taken over");
             session.take_over();
+        } else {
+            tracing::info!(vm = id, request, "served");
         }
         let vm = Self {
             serial,

@@ -62,6 +62,9 @@ pub struct SupervisorConfig {
     pub state_dir: Option<PathBuf>,
     /// Where the keys of encrypted layers are found.
     pub keys: Arc<dyn KeySource>,
+    /// Names the request of a user that the caller works for, if there is one, for the page server's
+    /// log.
+    pub request: fn() -> Option<String>,
 }
 
 impl SupervisorConfig {
@@ -78,6 +81,7 @@ impl SupervisorConfig {
             spin: Duration::from_micros(100),
             state_dir: None,
             keys: Arc::new(NoKeys),
+            request: || None,
         }
     }
 }
@@ -257,10 +261,26 @@ impl Supervisor {
     pub fn remove_vm(&self, id: &str) {
         if self.shared.table().remove(id) {
             let end = Instant::now() + self.shared.config.deadline;
-            let request = Request::RemoveVm { id: id.into() };
+            let request =
+                Request::RemoveVm { id: id.into(), request: (self.shared.config.request)() };
             // A page server that is gone has forgotten the VM by itself.
             if let Err(error) = self.shared.send(request, &[]).and_then(|reply| reply.wait(end)) {
                 tracing::debug!(vm = id, %error, "removing");
+            }
+        }
+    }
+
+    /// Notes, in the page server's log too, that a VM made ahead is now used for the caller's request.
+    /// Nothing is waited for.
+    pub fn claim(&self, id: &str) {
+        let Some(request) = (self.shared.config.request)() else { return };
+        // With the table held, as in add_vm: a takeover hands the name on, or it is sent after it.
+        let mut table = self.shared.table();
+        if table.claim(id, &request) {
+            let told = self.shared.send(Request::Claim { id: id.into(), request }, &[]);
+            // A page server that is gone: the next one finds it in the registration.
+            if let Err(error) = told {
+                tracing::debug!(vm = id, %error, "telling the page server of a claim");
             }
         }
     }

@@ -89,6 +89,7 @@ pub(super) fn prepare(
         layers: plan.layers.clone(),
         working_set,
         graduate_after_millis: plan.graduate_after.map(|after| after.as_millis() as u64),
+        request: (config.request)(),
     };
     let mut fds: Vec<OwnedFd> = vec![handshake.uffd, handshake.peer.into(), state.descriptor()?];
     for attachment in registration.attachments() {

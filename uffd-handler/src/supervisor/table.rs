@@ -77,6 +77,14 @@ impl Table {
         true
     }
 
+    /// Notes which request a VM is used for; false when there is no such VM. What is written down
+    /// stays as it is: a log line is not worth a file.
+    pub(super) fn claim(&mut self, id: &str, request: &str) -> bool {
+        let Some(entry) = self.vms.get_mut(id) else { return false };
+        entry.registration.request = Some(request.to_owned());
+        true
+    }
+
     /// Notes that all pages of a VM are in place; false when that is no news: page servers one after
     /// another may say so.
     pub(super) fn set_graduated(&mut self, id: &str) -> bool {

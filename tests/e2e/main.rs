@@ -29,6 +29,7 @@ mod identity;
 mod identity_faults;
 mod identity_first;
 mod identity_hooks;
+mod identity_journal;
 mod identity_verify;
 mod keys;
 mod listen;

@@ -36,6 +36,7 @@ mod listen;
 mod memory;
 mod metrics;
 mod network;
+mod network_leftover;
 mod network_traffic;
 mod openapi;
 mod package;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 use snapshotter::firecracker::Binaries;
 
+use crate::net::{NOTES, leftover};
 use crate::paths::{Paths, in_path};
 
 /// One finding.
@@ -25,7 +26,7 @@ pub fn run(json: bool) -> anyhow::Result<ExitCode> {
     let kvm = runtime.block_on(kvm());
     let firecracker = runtime.block_on(firecracker(&home));
     let network = runtime.block_on(network());
-    let checks = [userfaultfd(), binaries(), qemu(), kvm, firecracker, network];
+    let checks = [userfaultfd(), binaries(), qemu(), kvm, firecracker, network, leftovers()];
     let broken = checks.iter().any(|c| c.required && !c.ok);
     if json {
         println!("{}", serde_json::to_string_pretty(&serde_json::json!({"checks": checks}))?);
@@ -94,6 +95,21 @@ async fn firecracker(home: &Path) -> Check {
         },
     };
     Check { name: "firecracker", ok, required: false, detail }
+}
+
+/// What services that are no more left on this host.
+fn leftovers() -> Check {
+    let (ok, detail) = match leftover::find(Path::new(NOTES)) {
+        Ok(found) if found.is_empty() => {
+            (true, "no service that is gone left rules or switches".to_owned())
+        }
+        Ok(found) => {
+            let all: Vec<_> = found.iter().map(ToString::to_string).collect();
+            (false, format!("{}; `rethaw gc` removes it", all.join("; ")))
+        }
+        Err(e) => (false, format!("not looked for: {e}")),
+    };
+    Check { name: "leftovers", ok, required: false, detail }
 }
 
 async fn network() -> Check {

@@ -28,7 +28,7 @@ use crate::http::{self, App};
 use crate::listen::Listeners;
 use crate::live::History;
 use crate::log;
-use crate::net::{NOTE, Network, NetworkConfig};
+use crate::net::{NOTE, NOTES, Network, NetworkConfig};
 use crate::paths::Paths;
 
 /// Pool size of a template for which no operator has set one.
@@ -236,5 +236,5 @@ fn start_pager(home: &Path, paths: &Paths, keys: Arc<Keyring>) -> anyhow::Result
 fn state_dir(home: &Path) -> PathBuf {
     let path = home.canonicalize().unwrap_or_else(|_| home.to_owned());
     let digest = hex::encode(Sha256::digest(path.as_os_str().as_encoded_bytes()));
-    Path::new("/run/rethaw").join(&digest[..16])
+    Path::new(NOTES).join(&digest[..16])
 }

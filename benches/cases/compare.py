@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -14,6 +16,8 @@ from report import ROOT, percentile
 
 COMMAND = ["python3", "-c", "print(6 * 7)"]
 ROUNDS = 10
+# Of the directory of a run; its process comes next.
+PREFIX = "rethaw-compare-"
 TARGET = os.environ.get("CARGO_TARGET_DIR", os.path.join(ROOT, "target"))
 
 
@@ -76,6 +80,23 @@ def check(output):
         raise SystemExit(f"wrong output: {output}")
 
 
+def clean_up(scratch):
+    """Removes what a run keeps in its directory; first of all the mount, whose files are not its own."""
+    # From the tree at once, whoever is in it still.
+    subprocess.run(["umount", "-q", "-l", f"{scratch}/c/rootfs"], check=False)
+    if not os.path.ismount(f"{scratch}/c/rootfs"):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def clean_up_others():
+    """The same for runs that were killed; the name of each has its process in it."""
+    folder = tempfile.gettempdir()
+    for name in os.listdir(folder):
+        pid = name.removeprefix(PREFIX).split("-")[0]
+        if name.startswith(PREFIX) and pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
+            clean_up(os.path.join(folder, name))
+
+
 class Container:
     """The image's own tree under runc: namespaces, read-only root, the same command."""
 
@@ -98,9 +119,6 @@ class Container:
                              capture_output=True, text=True, timeout=60)
         check(run.stdout + run.stderr)
 
-    def end(self):
-        subprocess.run(["umount", self.root], check=True)
-
 
 def timed(work):
     started = time.perf_counter()
@@ -116,7 +134,19 @@ def compare(run):
     subprocess.run(["cargo", "build", "--release", "--locked", "-q", "-p", "rethaw-agent",
                     "--features", "client", "--example", "agent_probe"], cwd=ROOT, check=True)
     probe = os.path.join(TARGET, "release", "examples", "agent_probe")
-    scratch = tempfile.mkdtemp(prefix="rethaw-compare-")
+    clean_up_others()
+    scratch = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-")
+    # A signal becomes an exception, so that what is cleaned up after one is after the other.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        measure(run, client, machine, probe, scratch)
+    finally:
+        clean_up(scratch)
+        signal.signal(signal.SIGTERM, before)
+        client.pool(0)
+
+
+def measure(run, client, machine, probe, scratch):
     container = Container(machine, f"{scratch}/c") if shutil.which("runc") else None
     if container is None:
         print("compare: no runc on this host: the container is left out")
@@ -145,16 +175,10 @@ def compare(run):
         ways["runc"] = ("processes under the host's kernel: no hardware boundary, no systemd",
                         lambda n: timed(lambda: container.run(f"rethaw-bench-{os.getpid()}-{n}")))
     times = {name: [] for name in ways}
-    try:
-        # Turn and turn about: the machine's mood is the same for all.
-        for n in range(ROUNDS):
-            for name, (_, way) in ways.items():
-                times[name].append(way(n))
-    finally:
-        client.pool(0)
-        if container:
-            container.end()
-        shutil.rmtree(scratch)
+    # Turn and turn about: the machine's mood is the same for all.
+    for n in range(ROUNDS):
+        for name, (_, way) in ways.items():
+            times[name].append(way(n))
     base = percentile(times["rethaw-claim"], 50)
     for name, (isolation, _) in ways.items():
         run.report.samples(f"compare-{name}", isolation, times[name], None,

@@ -8,8 +8,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// Group that is frozen and thawed.
-const SLICE: &str = "rethaw-workload.slice";
+/// Group that is frozen and thawed. It is where systemd has a slice of this name, so that services
+/// can be put into it, too: a dash in the name is a level of the tree.
+const SLICE: &str = "rethaw.slice/rethaw-workload.slice";
 /// Group in it that the agent's commands are started in.
 const COMMANDS: &str = "rethaw-exec";
 /// Freezing waits for every process to stop; uninterruptible ones can take a moment.
@@ -37,6 +38,14 @@ impl Workload {
             .as_ref()
             .map(|m| m.join(SLICE))
             .ok_or_else(|| io::Error::new(io::ErrorKind::Unsupported, "no cgroup v2"))
+    }
+
+    /// Directory of a group in the workload's.
+    ///
+    /// # Errors
+    /// No cgroup v2.
+    pub fn group(&self, name: &str) -> io::Result<PathBuf> {
+        Ok(self.slice()?.join(name))
     }
 
     /// Directory to start a command in; `None` without cgroup v2.

@@ -10,6 +10,7 @@ mod entropy;
 mod generation;
 mod hooks;
 mod hostname;
+mod journald;
 mod machine_id;
 mod network;
 mod proof;
@@ -21,6 +22,7 @@ mod thaw;
 mod token;
 mod write;
 
+pub use journald::start as start_journald;
 pub use proof::Verified;
 pub use ready::{Ready, prepare as prepare_copy};
 
@@ -29,6 +31,7 @@ use crate::clock::{HostTime, Instant};
 use crate::server::ApiError;
 use crate::wire::{AgentState, IdentityReport, IdentityRequest, NetworkSettings, codes};
 use proof::{Context, Run};
+use std::rc::Rc;
 
 /// Names the item that is to fail here, for testing what happens then; in no ordinary template.
 const FAULT_INJECTION: &str = "/etc/rethaw/fault-injection";
@@ -43,7 +46,7 @@ fn invalid(message: impl Into<String>) -> ApiError {
 /// 409 unless the machine waits for an identity, 400 for a request that cannot be one. An item
 /// that fails is no error here: it is in the report.
 pub async fn apply(
-    agent: &Agent,
+    agent: &Rc<Agent>,
     request: IdentityRequest,
     received: Instant,
 ) -> Result<IdentityReport, ApiError> {
@@ -66,6 +69,7 @@ pub async fn apply(
     run.item(hostname::Hostname, &context).await;
     run.item(machine_id::MachineId, &context).await;
     run.item(boot_id::BootId, &context).await;
+    run.item(journald::Journald::new(agent), &context).await;
     run.item(random_seed::RandomSeed, &context).await;
     run.item(ssh_host_keys::SshHostKeys, &context).await;
     run.item(token::Token, &context).await;
@@ -79,6 +83,7 @@ pub async fn apply(
         *agent.generation.borrow_mut() = Some(request.generation.clone());
         *agent.env.borrow_mut() = request.env;
         agent.set_state(AgentState::Live)?;
+        journald::start_later(agent);
     }
     Ok(IdentityReport { generation: request.generation, items, total_micros: received.micros() })
 }
@@ -107,11 +112,12 @@ pub async fn attach(
 }
 
 /// Does at the making of a template what would be slow in each of its clones: files move to memory,
-/// the boot id is mounted over, the NIC is up.
+/// the boot id is mounted over, the NIC is up, the journal daemon has ended. Journals go, with
+/// `vacuum` those on the disk, too; what is removed is added to `removed`.
 ///
 /// # Errors
 /// What could not be done.
-pub fn prepare(agent: &Agent) -> Result<(), ApiError> {
+pub fn prepare(agent: &Agent, vacuum: bool, removed: &mut Vec<String>) -> Result<(), ApiError> {
     for path in ["/etc/hostname", "/etc/hosts", "/etc/machine-id", "/etc/resolv.conf"] {
         write::prepare(agent, path).map_err(|e| ApiError::from_io(&e, path))?;
     }
@@ -122,7 +128,9 @@ pub fn prepare(agent: &Agent) -> Result<(), ApiError> {
     machine_id::prepare(agent).map_err(|e| ApiError::internal(e.to_string()))?;
     generation::prepare(agent).map_err(|e| ApiError::internal(e.to_string()))?;
     boot_id::prepare(agent).map_err(|e| ApiError::internal(format!("boot_id: {e}")))?;
-    network::prepare().map_err(|e| ApiError::internal(format!("network: {e}")))
+    network::prepare().map_err(|e| ApiError::internal(format!("network: {e}")))?;
+    let ended = journald::prepare(agent, vacuum, removed);
+    ended.map_err(|e| ApiError::internal(format!("journald: {e}")))
 }
 
 fn is_hex(text: &str) -> bool {

@@ -32,3 +32,5 @@ mod watch;
 
 #[cfg(feature = "client")]
 pub mod client;
+
+pub use identity::start_journald;

@@ -4,7 +4,9 @@
 mod preinit;
 
 use guest_agent::agent::{Agent, Config};
+use guest_agent::start_journald;
 use guest_agent::transport::{Port, VsockListener, find_port, serve_session, serve_vsock};
+use guest_agent::wire::AgentState;
 use std::io;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -40,6 +42,10 @@ fn run_before_others() {
 
 async fn serve() -> io::Result<()> {
     let agent = Rc::new(Agent::new(Config::default()));
+    // What an agent before this one was about to do.
+    if agent.state() == AgentState::Live {
+        start_journald(&agent)?;
+    }
     let vsock = VsockListener::bind()?;
     let port = find_port().and_then(|path| Port::open(&path));
     match (port, vsock) {

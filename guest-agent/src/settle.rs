@@ -2,14 +2,12 @@
 
 use crate::agent::Agent;
 use crate::clock::Instant;
-use crate::exec::tool;
 use crate::server::ApiError;
 use crate::token;
 use crate::wire::{AgentState, FreezeRequest, SettleReport, SettleRequest, codes};
 use std::fs;
 use std::io;
 use std::path::Path;
-use std::time::Duration;
 
 /// State that would be the same in every clone, or tells of the template's making.
 const SHARED_STATE: &[&str] =
@@ -17,22 +15,16 @@ const SHARED_STATE: &[&str] =
 /// Folders whose contents a template does without.
 const VACUUM: &[&str] = &["/var/cache/apt/archives", "/var/lib/apt/lists", "/tmp", "/var/tmp"];
 
-const JOURNALCTL: &str = "/usr/bin/journalctl";
-const JOURNAL_DEADLINE: Duration = Duration::from_secs(20);
-
 /// `POST /settle`: removes shared state, writes everything to the disk and freezes the workload.
 /// From here on only an identity makes the machine usable.
 ///
 /// # Errors
 /// 409 unless live; a file that cannot be removed, or a workload that cannot be frozen.
-pub async fn settle(agent: &Agent, request: &SettleRequest) -> Result<SettleReport, ApiError> {
+pub fn settle(agent: &Agent, request: &SettleRequest) -> Result<SettleReport, ApiError> {
     let started = Instant::now()?;
     require_live(agent, "settled")?;
-    if request.vacuum {
-        journal(agent).await;
-        require_live(agent, "settled")?;
-    }
-    // From here to the end nothing is waited for: no command can start in between. The workload stops first: it must not write what was just removed.
+    // To the end the runtime gets no turn: no command can start in between. The workload stops first:
+    // it must not write what was just removed.
     if agent.workload.is_available() {
         agent.workload.freeze().map_err(|e| thawed(agent, e.into()))?;
     }
@@ -49,7 +41,7 @@ pub async fn settle(agent: &Agent, request: &SettleRequest) -> Result<SettleRepo
             vacuum(&agent.path(path), &mut removed);
         }
     }
-    crate::identity::prepare(agent).map_err(|e| thawed(agent, e))?;
+    crate::identity::prepare(agent, request.vacuum, &mut removed).map_err(|e| thawed(agent, e))?;
     token::drop(agent).map_err(|e| thawed(agent, ApiError::from_io(&e, token::PATH)))?;
     agent.log.clear();
     agent.env.borrow_mut().clear();
@@ -67,15 +59,6 @@ pub async fn settle(agent: &Agent, request: &SettleRequest) -> Result<SettleRepo
         frozen_processes: agent.workload.processes(),
         total_micros: started.micros(),
     })
-}
-
-/// Starts new journal files and drops the old ones. A guest without journald has none to drop.
-async fn journal(agent: &Agent) {
-    if agent.path(JOURNALCTL).exists() {
-        let argv = [JOURNALCTL, "--rotate", "--vacuum-time=1s", "--quiet"];
-        // What stays is a few lines of the boot: no reason to give the template up.
-        let _ = tool::run(&argv, &[], JOURNAL_DEADLINE).await;
-    }
 }
 
 /// `POST /freeze`: stops the workload so that memory and disk belong to one instant.

@@ -20,7 +20,7 @@ pub use files::{
     WatchEvents, WatchKind, WatchRequest, WatcherId,
 };
 pub use identity::{
-    IdentityFailure, IdentityItem, IdentityReport, IdentityRequest, Ipv4Config, Ipv6Config,
+    ITEMS, IdentityFailure, IdentityItem, IdentityReport, IdentityRequest, Ipv4Config, Ipv6Config,
     NetworkSettings, ProvenIdentity, REQUIRED_ITEMS,
 };
 pub use lint::{LintFinding, LintReport};

@@ -11,15 +11,16 @@ use guest_agent::agent::{Agent, Config};
 use guest_agent::client::{AgentClient, AgentError};
 use guest_agent::transport::serve_session;
 use guest_agent::wire::{
-    AgentState, Base64, ClaimRequest, ExecFrame, ExecRequest, FreezeRequest, IdentityFailure,
-    IdentityRequest, Ipv4Config, Ipv6Config, ResumeRequest, SettleRequest,
+    AgentState, Base64, ClaimRequest, ExecFrame, ExecRequest, FreezeRequest, ITEMS,
+    IdentityFailure, IdentityRequest, Ipv4Config, Ipv6Config, ResumeRequest, SettleRequest,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::net::UnixStream;
@@ -38,9 +39,15 @@ impl Machine {
         let none = None::<&str>;
         mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
         let root = tempfile::tempdir().unwrap();
-        for dir in
-            ["etc/rethaw/restore.d", "var/lib/systemd", "var/lib/dbus", "run", "cgroup", "tmp"]
-        {
+        for dir in [
+            "etc/rethaw/restore.d",
+            "usr/lib/systemd",
+            "var/lib/systemd",
+            "var/lib/dbus",
+            "run",
+            "cgroup",
+            "tmp",
+        ] {
             fs::create_dir_all(root.path().join(dir)).unwrap();
         }
         let put = |path: &str, text: &str| fs::write(root.path().join(path), text).unwrap();
@@ -49,6 +56,7 @@ impl Machine {
         put("etc/machine-id", "0123456789abcdef0123456789abcdef\n");
         put("var/lib/dbus/machine-id", "0123456789abcdef0123456789abcdef\n");
         put("var/lib/systemd/random-seed", "seed");
+        put("usr/lib/systemd/systemd-journald", "");
         // As in a guest, where it is in memory.
         let run = root.path().join("run");
         mount(Some("none"), &run, Some("tmpfs"), MsFlags::empty(), none).unwrap();
@@ -71,6 +79,22 @@ impl Machine {
         self.root.path().join(path)
     }
 
+    /// A process that executes this program of systemd's.
+    fn systemd(&self, name: &str) -> Child {
+        let program = self.path("usr/lib/systemd").join(name);
+        fs::copy("/bin/sleep", &program).unwrap();
+        Command::new(program).arg("60").spawn().unwrap()
+    }
+
+    /// The same in the journal daemon's group.
+    fn journald(&self, name: &str) -> Child {
+        let child = self.systemd(name);
+        let group = self.cgroup.join("rethaw.slice/rethaw-workload.slice/systemd-journald.service");
+        fs::create_dir_all(&group).unwrap();
+        fs::write(group.join("cgroup.procs"), child.id().to_string()).unwrap();
+        child
+    }
+
     fn read(&self, path: &str) -> String {
         fs::read_to_string(self.path(path)).unwrap()
     }
@@ -90,7 +114,7 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        let slice = self.cgroup.join("rethaw-workload.slice");
+        let slice = self.cgroup.join("rethaw.slice/rethaw-workload.slice");
         let _ = fs::write(slice.join("cgroup.freeze"), "0");
         let _ = fs::write(self.cgroup.join("cgroup.kill"), "1");
         for _ in 0..200 {
@@ -100,7 +124,9 @@ impl Drop for Machine {
             }
             std::thread::sleep(Duration::from_millis(10));
         }
-        for dir in [slice.join("rethaw-exec"), slice, self.cgroup.clone()] {
+        let journald = slice.join("systemd-journald.service");
+        let parent = self.cgroup.join("rethaw.slice");
+        for dir in [slice.join("rethaw-exec"), journald, slice, parent, self.cgroup.clone()] {
             let _ = fs::remove_dir(dir);
         }
         let mounts = ["etc/hostname", "etc/hosts", "etc/machine-id", "etc/resolv.conf", "run"];
@@ -202,10 +228,9 @@ fn a_settled_machine_takes_one_identity_and_runs() {
         let report = client.identity(&request, SOON).await.unwrap();
         let proof = report.prove(&request).unwrap();
         let names: Vec<&str> = proof.report().items.iter().map(|i| i.item.as_str()).collect();
-        assert_eq!(names[0], "entropy");
-        assert_eq!(names.last(), Some(&"thaw"));
+        assert_eq!(names, ITEMS);
         for item in &proof.report().items {
-            let same = matches!(item.item.as_str(), "random_seed" | "sockets");
+            let same = matches!(item.item.as_str(), "random_seed" | "sockets" | "journald");
             let changed = item.old_digest != item.new_digest;
             assert!(item.skipped.is_some() || same || changed, "{item:?}");
         }
@@ -253,21 +278,8 @@ fn a_settled_machine_takes_one_identity_and_runs() {
 
 #[test]
 fn each_item_that_fails_leaves_a_machine_that_does_nothing() {
-    let items = [
-        "entropy",
-        "clock",
-        "network",
-        "sockets",
-        "hostname",
-        "machine_id",
-        "boot_id",
-        "random_seed",
-        "token",
-        "generation",
-        "hooks",
-        "thaw",
-    ];
-    for item in items {
+    // There is no SSH server in these machines.
+    for item in ITEMS.iter().copied().filter(|item| *item != "ssh_host_keys") {
         on_machine(move |machine| async move {
             let hook = machine.path("etc/rethaw/restore.d/10-true");
             fs::write(&hook, "#!/bin/sh\nexit 0\n").unwrap();
@@ -299,6 +311,68 @@ fn each_item_that_fails_leaves_a_machine_that_does_nothing() {
             assert_eq!(client.health(SOON).await.unwrap().state, AgentState::IdentityFailed);
         });
     }
+}
+
+#[test]
+fn no_journald_that_read_another_machine_id_outlives_an_identity() {
+    on_machine(|machine| async move {
+        let client = machine.agent().await;
+        let journal = "run/log/journal/0123456789abcdef0123456789abcdef";
+        fs::create_dir_all(machine.path(journal)).unwrap();
+        let mut template = machine.journald("systemd-journald");
+        client.settle(&SettleRequest { vacuum: false, ..Default::default() }, SOON).await.unwrap();
+        let killed = |child: &mut Child| {
+            child.try_wait().unwrap().and_then(|status| status.signal()) == Some(libc::SIGKILL)
+        };
+        assert!(killed(&mut template), "the template's runs on");
+        assert!(!machine.path(journal).exists(), "the template's journal is there");
+
+        // As systemd starts the next one: stopped before it has become journald.
+        let mut next = machine.journald("systemd");
+        let request = identity(1);
+        client.identity(&request, SOON).await.unwrap().prove(&request).unwrap();
+        assert_eq!(next.try_wait().unwrap(), None, "the clone's was killed");
+
+        // A fork's source has one that runs.
+        let mut source = machine.journald("systemd-journald");
+        client.freeze(&FreezeRequest::default(), SOON).await.unwrap();
+        let request = identity(2);
+        let proof = client.identity(&request, SOON).await.unwrap().prove(&request).unwrap();
+        let item = proof.report().items.iter().find(|i| i.item == "journald").unwrap();
+        assert!(item.is_verified() && item.old_digest != item.new_digest, "{item:?}");
+        assert!(killed(&mut source), "the source's runs on");
+        assert_eq!(next.try_wait().unwrap(), None, "the clone's was killed");
+        next.kill().unwrap();
+        next.wait().unwrap();
+    });
+}
+
+#[test]
+fn a_journald_that_cannot_be_frozen_makes_no_template() {
+    on_machine(|machine| async move {
+        let client = machine.agent().await;
+        let mut stray = machine.systemd("systemd-journald");
+        let refused = client.settle(&SettleRequest::default(), SOON).await;
+        let text = format!("{:?}", refused.unwrap_err());
+        assert!(text.contains("journald") && text.contains("rethaw-workload.slice"), "{text}");
+        assert_eq!(client.health(SOON).await.unwrap().state, AgentState::Live);
+        stray.kill().unwrap();
+        stray.wait().unwrap();
+        client.settle(&SettleRequest::default(), SOON).await.unwrap();
+    });
+}
+
+#[test]
+fn a_machine_without_journald_says_so() {
+    on_machine(|machine| async move {
+        fs::remove_file(machine.path("usr/lib/systemd/systemd-journald")).unwrap();
+        let client = machine.agent().await;
+        client.settle(&SettleRequest::default(), SOON).await.unwrap();
+        let request = identity(1);
+        let proof = client.identity(&request, SOON).await.unwrap().prove(&request).unwrap();
+        let item = proof.report().items.iter().find(|i| i.item == "journald").unwrap();
+        assert_eq!(item.skipped.as_deref(), Some("the template has no journald"));
+    });
 }
 
 #[test]

@@ -19,7 +19,8 @@ use super::{Context, human, output};
   rethaw gc
   rethaw gc --older-than 7d
 
-Snapshots that nothing stands on, uploads that no build copies, guest images that nothing boots from.
+Snapshots that nothing stands on, uploads that no build copies, guest images that nothing boots from,
+network rules and switches on the host of services that are no more.
 Related: template.")]
 pub struct GcArgs {
     /// Only say what would go

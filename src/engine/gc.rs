@@ -1,5 +1,6 @@
 //! Garbage: what nothing refers to any more. Deleting removes what it can by itself; what is found
-//! here was left by an upgrade, a crash, or a build whose inputs are of no more use.
+//! here was left by an upgrade, a crash, a build whose inputs are of no more use, or a service that is
+//! no more.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use super::budget::allocated_bytes;
 use super::build::Spec;
 use super::template::{BASE, TemplateState};
 use super::workspace::lock;
+use crate::net::{NOTES, leftover};
 
 /// A thing that nothing refers to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
@@ -41,6 +43,8 @@ pub enum GarbageKind {
     Input,
     /// A guest image.
     Image,
+    /// What a service left of its network on the host.
+    Network,
 }
 
 /// Why garbage was not collected.
@@ -49,7 +53,7 @@ pub enum GcError {
     /// What is needed is not known yet.
     #[error("base is not ready: what it needs is not known yet")]
     NotReady,
-    /// A folder or a file.
+    /// A folder, a file, or what a service left on the host.
     #[error("garbage collection: {0}")]
     File(#[from] std::io::Error),
 }
@@ -129,6 +133,7 @@ impl Engine {
         }
         self.find_inputs(age, &mut found)?;
         find_images(&self.config.home.join("images"), &images, age, &mut found);
+        find_networks(Path::new(NOTES), age, &mut found)?;
         Ok(found)
     }
 
@@ -156,6 +161,7 @@ impl Engine {
             GarbageKind::Snapshot => self.store.remove(&garbage.id),
             GarbageKind::Input => self.inputs.remove(&garbage.id),
             GarbageKind::Image => std::fs::remove_dir_all(&garbage.path),
+            GarbageKind::Network => leftover::remove(&garbage.path),
         }
     }
 
@@ -181,6 +187,24 @@ impl Engine {
 
 fn is_old(since: SystemTime, age: Duration) -> bool {
     since.elapsed().is_ok_and(|elapsed| elapsed >= age)
+}
+
+/// What other services left of their networks, killed for good.
+fn find_networks(
+    notes: &Path,
+    age: Duration,
+    found: &mut Vec<Garbage>,
+) -> Result<(), std::io::Error> {
+    for left in leftover::find(notes)?.into_iter().filter(|left| is_old(left.since, age)) {
+        found.push(Garbage {
+            kind: GarbageKind::Network,
+            id: left.table,
+            bytes: 0,
+            reason: "the service that made it and its VMs are no more",
+            path: left.note,
+        });
+    }
+    Ok(())
 }
 
 /// Guest images that no remaining snapshot boots from. A folder that is a link is shared with other

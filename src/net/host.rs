@@ -1,58 +1,28 @@
 //! What the service changes in its own network namespace, which is the host's unless it runs in a
 //! container: one nftables table, and forwarding on the links that lead out, where it was off.
 //!
-//! All of it is noted before it is done, in a file that does not outlive the machine. Whoever stops
-//! the service, or starts it again after a crash, finds there what is to be undone or kept.
+//! All of it is noted before it is done ([`note`]).
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::net::{IpAddr, Ipv4Addr};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use guest_agent::netlink::Netlink;
-use serde::{Deserialize, Serialize};
 
 use super::cidr::Cidr;
+use super::leftover;
 use super::links::{Links, Route};
 use super::nft::{self, Batch, Count, Family, Hook, Rule, Verdict};
+use super::note::{self, Note, namespace, others};
 use super::plan::{CANDIDATES, PREFIX, Plan};
 use super::slot::sysctl;
 
 const ICMP_V6: u8 = 58;
 const NEIGHBOUR: [u8; 2] = [135, 136];
-/// End of the names of notes, all of one directory.
-pub const NOTE: &str = ".network.json";
 /// Counters of what the table dropped.
 pub const COUNTERS: &[&str] = &["host", "between"];
-
-/// What is noted.
-#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Note {
-    /// The network namespace that the changes are in.
-    #[serde(default)]
-    namespace: u64,
-    /// The table's name.
-    #[serde(default)]
-    table: String,
-    /// The slots' network: VMs that outlive the service have addresses in it.
-    network: Option<Ipv4Addr>,
-    /// Whether slots have IPv6.
-    v6: bool,
-    /// Switches below `/proc/sys/net` that were 0 and are 1 now.
-    switches: BTreeSet<String>,
-}
-
-impl Note {
-    fn read(path: &Path) -> io::Result<Self> {
-        match fs::read(path) {
-            Ok(text) => Ok(serde_json::from_slice(&text)?),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
-            Err(e) => Err(e),
-        }
-    }
-}
 
 /// The host's side of all slots.
 #[derive(Debug)]
@@ -147,14 +117,16 @@ impl Host {
     /// What could not be done; nothing is left of it but the note.
     pub fn set_up(home: &Path, note: &Path, network: Option<Ipv4Addr>) -> io::Result<Self> {
         let path = note.to_owned();
+        let lock = note::lock(path.parent().unwrap_or(Path::new("/")))?;
+        leftover::sweep(&path);
         let mut note = Note::read(&path)?;
         let here = namespace()?;
         if note.namespace != here {
             // Of a container that is no more.
             note = Note { namespace: here, ..Note::default() };
         }
-        let home = home.canonicalize().unwrap_or_else(|_| home.to_owned());
-        let home = home.to_string_lossy();
+        note.home = home.canonicalize().unwrap_or_else(|_| home.to_owned());
+        let home = note.home.to_string_lossy().into_owned();
         let own = Plan::new(&home, Ipv4Addr::UNSPECIFIED, false).link_prefix;
         let mut links = Links::open()?;
         let routes = links.routes()?;
@@ -176,9 +148,10 @@ impl Host {
         note.switches.extend(outside.switches(v6)?);
         // Those that another service here switched on are ours, too: the last to go switches off.
         note.switches.extend(others(&path).into_iter().flat_map(|other| other.switches));
-        write(&path, &note)?;
+        note.write(&path)?;
         let host = Self { plan, path, note };
         let done = host.put_in_place();
+        drop(lock);
         if done.is_err() {
             host.take_down();
         }
@@ -242,45 +215,20 @@ impl Host {
         nft::counters(netlink, &self.plan.table)
     }
 
+    /// Where its changes are noted.
+    #[cfg(test)]
+    pub(super) fn note_path(&self) -> &Path {
+        &self.path
+    }
+
     /// Undoes all of it. What cannot be undone is said, and stays noted.
     pub fn take_down(&self) {
-        let removed = nft::open().and_then(|mut netlink| {
-            Batch::new(&self.plan.table).table().delete_table().commit(&mut netlink)
-        });
-        let mut clean = removed.inspect_err(|e| tracing::error!("network: {e}")).is_ok();
-        let others = others(&self.path);
-        let needed = |switch: &String| others.iter().any(|other| other.switches.contains(switch));
-        for switch in self.note.switches.iter().filter(|switch| !needed(switch)) {
-            match sysctl(switch, "0") {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                    tracing::error!("network: {e}");
-                    clean = false;
-                }
-                _ => {}
-            }
-        }
-        if clean {
-            let _ = fs::remove_file(&self.path);
+        let folder = self.path.parent().unwrap_or(Path::new("/"));
+        let done = note::lock(folder).and_then(|_lock| self.note.undo(&self.path));
+        if let Err(e) = done {
+            tracing::error!("network: {e}");
         }
     }
-}
-
-/// What other services in this network namespace have noted: those whose tables are here.
-fn others(own: &Path) -> Vec<Note> {
-    let Ok(mut netlink) = nft::open() else { return Vec::new() };
-    let files = own.parent().into_iter().flat_map(fs::read_dir).flatten().flatten();
-    files
-        .map(|entry| entry.path())
-        .filter(|path| path != own && path.to_string_lossy().ends_with(NOTE))
-        .filter_map(|path| Note::read(&path).ok())
-        .filter(|note| namespace().is_ok_and(|here| here == note.namespace))
-        .filter(|note| nft::has_table(&mut netlink, &note.table).unwrap_or(true))
-        .collect()
-}
-
-/// The number of this thread's network namespace.
-fn namespace() -> io::Result<u64> {
-    Ok(fs::metadata("/proc/thread-self/ns/net")?.ino())
 }
 
 fn routes_overlap(routes: &[Route], network: Ipv4Addr) -> bool {
@@ -293,17 +241,6 @@ fn switched_link(switch: &str) -> Option<(&str, Family)> {
     let (version, rest) = switch.split_once("/conf/")?;
     let (link, _) = rest.rsplit_once('/')?;
     Some((link, if version == "ipv4" { Family::V4 } else { Family::V6 }))
-}
-
-fn write(path: &Path, note: &Note) -> io::Result<()> {
-    if let Some(dir) = path.parent() {
-        fs::create_dir_all(dir)?;
-    }
-    let draft = path.with_extension("draft");
-    let mut file = fs::File::create(&draft)?;
-    file.write_all(&serde_json::to_vec(note)?)?;
-    file.sync_all()?;
-    fs::rename(&draft, path)
 }
 
 #[cfg(test)]

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use snapshotter::tap;
 use tokio::sync::watch;
 
-use super::plan::{CANDIDATES, Plan};
+use super::plan::{CANDIDATES, Plan, SLOTS};
 use super::policy::{Limits, Policy};
 use super::slot::Slot;
-use super::{NOTE, Network, NetworkConfig};
+use super::{NOTE, Network, NetworkConfig, leftover};
 
 fn plan() -> Plan {
     Plan::new("/test", CANDIDATES[0], false)
@@ -41,7 +41,7 @@ fn a_slot_is_made_and_goes_with_its_descriptor() {
 }
 
 /// A network on a stand-in for the host, and its names for links.
-async fn with_network(test: impl AsyncFnOnce(Arc<Network>)) {
+async fn with_network(test: impl AsyncFnOnce(Arc<Network>, watch::Sender<u32>)) {
     let state = tempfile::tempdir().unwrap();
     let home = state.path().to_owned();
     let note = home.join(format!("own{NOTE}"));
@@ -49,10 +49,12 @@ async fn with_network(test: impl AsyncFnOnce(Arc<Network>)) {
     let network = Network::start(config).await.unwrap();
     let claims = watch::Sender::new(0);
     let ready = tokio::spawn(Arc::clone(&network).keep_ready(claims.subscribe()));
-    test(Arc::clone(&network)).await;
+    test(Arc::clone(&network), claims.clone()).await;
     network.close();
     ready.await.unwrap();
     network.take_down().await;
+    // Every number is to be had again.
+    assert_eq!(super::lock(&network.free).len(), usize::from(SLOTS) - 1);
     let started = Instant::now();
     let links = || std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
     while links().contains(" rt") {
@@ -65,6 +67,11 @@ async fn with_network(test: impl AsyncFnOnce(Arc<Network>)) {
 }
 
 fn in_namespace(test: impl AsyncFnOnce(Arc<Network>) + Send) {
+    in_namespace_with_claims(async |network, _| test(network).await);
+}
+
+/// The same for a test that says how many claims are under way.
+fn in_namespace_with_claims(test: impl AsyncFnOnce(Arc<Network>, watch::Sender<u32>) + Send) {
     let run = || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(with_network(test));
@@ -75,19 +82,23 @@ fn in_namespace(test: impl AsyncFnOnce(Arc<Network>) + Send) {
 
 #[test]
 fn fifty_slots_at_once_share_nothing_and_leave_nothing() {
-    in_namespace(async |network| {
+    in_namespace_with_claims(async |network, claims| {
         let held = Arc::new(Mutex::new(HashSet::new()));
         let mut tasks = tokio::task::JoinSet::new();
         for n in 0..50_u8 {
             let (network, held) = (Arc::clone(&network), Arc::clone(&held));
+            let claims = claims.clone();
             tasks.spawn(async move {
                 for round in 0..2_u8 {
                     let mac = format!("02:00:00:00:{round:02x}:{n:02x}");
+                    // Slots are made ahead only between claims.
+                    claims.send_modify(|under_way| *under_way += 1);
                     let lease = network.take(&mac).await.unwrap();
                     let address = lease.addresses().ipv4;
                     assert!(held.lock().unwrap().insert(address), "{address} is shared");
                     let policy = if n % 2 == 0 { Policy::default() } else { Policy::closed() };
                     lease.rules().set_policy(&policy).await.unwrap();
+                    claims.send_modify(|under_way| *under_way -= 1);
                     let counted = lease.rules().counters().await.unwrap();
                     assert!(counted.iter().any(|(name, _)| name == "denied"), "{counted:?}");
                     tokio::task::yield_now().await;
@@ -101,6 +112,30 @@ fn fifty_slots_at_once_share_nothing_and_leave_nothing() {
         }
         assert_eq!(network.slots().1, 0);
         assert!(network.counted().contains_key("spoofed"));
+    });
+}
+
+#[test]
+fn only_what_nobody_needs_is_left_over() {
+    in_namespace(async |network| {
+        let note = network.host.note_path().to_owned();
+        let folder = note.parent().unwrap();
+        let left = || -> Vec<String> {
+            leftover::find(folder).unwrap().into_iter().map(|left| left.table).collect()
+        };
+        let none = Vec::<String>::new();
+        let lease = network.take("02:00:00:00:00:0b").await.unwrap();
+        assert_eq!(left(), none, "its service runs");
+        // As if a process before this one had written it.
+        let mut text: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(&note).unwrap()).unwrap();
+        let started = text["owner"]["process"]["start_time"].as_u64().unwrap();
+        text["owner"]["process"]["start_time"] = (started - 1).into();
+        std::fs::write(&note, text.to_string()).unwrap();
+        assert_eq!(left(), none, "a VM has a slot");
+        leftover::remove(&note).unwrap();
+        assert!(note.exists(), "nor is it removed");
+        drop(lease);
     });
 }
 

@@ -5,8 +5,8 @@ use serde_json::{Value, json};
 use crate::service::{Service, id};
 use crate::world::{BIG, ECHO, HTTP, UDP, in_world, shown};
 
-const FLAGS: &[&str] = &["--network", "on", "--dns", "198.51.100.2"];
-const OUTSIDE: &str = "198.51.100.2";
+pub const FLAGS: &[&str] = &["--network", "on", "--dns", "198.51.100.2"];
+pub const OUTSIDE: &str = "198.51.100.2";
 
 /// Functions for scripts in the guest. A refusal shows at once, a lost packet after two seconds.
 const PYTHON: &str = "
@@ -23,23 +23,23 @@ def fetch(host, port, path='/'):
 ";
 
 /// What a script in the guest, in Python, leaves in `out`.
-async fn python(service: &Service, id: &str, script: &str) -> Value {
+pub async fn python(service: &Service, id: &str, script: &str) -> Value {
     let script = format!("{PYTHON}\nout = None\n{script}\nprint(json.dumps(out))");
     let done = service.exec(id, &json!({ "argv": ["python3", "-c", script] })).await;
     assert_eq!(done.code(), 0, "{script}: {}", done.0);
     serde_json::from_str(done.stdout().trim()).unwrap()
 }
 
-async fn network(service: &Service, id: &str) -> Value {
+pub async fn network(service: &Service, id: &str) -> Value {
     service.client().get(&format!("/v1/sandboxes/{id}/network")).await.expect(200)
 }
 
-async fn change(service: &Service, id: &str, policy: &Value) -> Value {
+pub async fn change(service: &Service, id: &str, policy: &Value) -> Value {
     let path = format!("/v1/sandboxes/{id}/network");
     service.client().json("PATCH", &path, policy).await.expect(200)
 }
 
-fn refused(answer: &Value) -> bool {
+pub fn refused(answer: &Value) -> bool {
     answer.as_str().is_some_and(|text| text.starts_with("no: "))
 }
 
@@ -119,7 +119,7 @@ out = u.recv(99).decode()"
 }
 
 /// No link, rule or switch of a service in this namespace.
-fn nothing_left() {
+pub fn nothing_left() {
     let started = std::time::Instant::now();
     // The kernel takes namespaces down a moment after their last process.
     while shown("ip", &["-o", "link"]).contains(": rt") {

@@ -27,11 +27,14 @@ pub const BIG: usize = 4 << 20;
 
 /// Datagrams, and who sent them.
 type Heard = Arc<Mutex<Vec<(IpAddr, Vec<u8>)>>>;
+/// Names that were asked for over TCP.
+type Asked = Arc<Mutex<Vec<String>>>;
 
 /// The world as the test sees it.
 #[derive(Debug, Clone)]
 pub struct World {
     heard: Heard,
+    asked: Asked,
 }
 
 impl World {
@@ -40,16 +43,21 @@ impl World {
         let heard = self.heard.lock().unwrap();
         heard.iter().map(|(from, b)| (*from, String::from_utf8_lossy(b).into_owned())).collect()
     }
+
+    /// How often the name server outside was asked for this name over TCP.
+    pub fn asked_over_tcp(&self, name: &str) -> usize {
+        self.asked.lock().unwrap().iter().filter(|asked| *asked == name).count()
+    }
 }
 
 /// Runs a test in a world of its own.
 pub fn in_world<F: AsyncFnOnce(World) + Send + 'static>(test: F) {
     let run = move || {
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
-        let world = World { heard: Heard::default() };
+        let world = World { heard: Heard::default(), asked: Asked::default() };
         let (said, outside) = mpsc::channel();
         let (connected, connect) = mpsc::channel();
-        let heard = Arc::clone(&world.heard);
+        let (heard, asked) = (Arc::clone(&world.heard), Arc::clone(&world.asked));
         let servers = std::thread::spawn(move || {
             unshare(CloneFlags::CLONE_NEWNET).unwrap();
             said.send(nix::unistd::gettid().as_raw()).unwrap();
@@ -60,7 +68,7 @@ pub fn in_world<F: AsyncFnOnce(World) + Send + 'static>(test: F) {
                 ip(&format!("address add {address} dev o0"));
             }
             ip("address add fd00:51::2/64 dev o0 nodad");
-            serve(&heard);
+            serve(&heard, &asked);
         });
         let namespace =
             format!("/proc/{}/task/{}/ns/net", std::process::id(), outside.recv().unwrap());
@@ -95,7 +103,7 @@ pub fn shown(program: &str, arguments: &[&str]) -> String {
 }
 
 /// Starts the servers; their threads end with the test's process.
-fn serve(heard: &Heard) {
+fn serve(heard: &Heard, asked: &Asked) {
     let http = TcpListener::bind(("::", HTTP)).unwrap();
     std::thread::spawn(move || http.incoming().flatten().for_each(|s| each(s, answer)));
     let echo = TcpListener::bind(("::", ECHO)).unwrap();
@@ -113,7 +121,15 @@ fn serve(heard: &Heard) {
     std::thread::spawn(move || {
         let mut bytes = [0; 2048];
         while let Ok((n, from)) = names.recv_from(&mut bytes) {
-            let _ = names.send_to(&resolve(&bytes[..n]), from);
+            let _ = names.send_to(&resolve(&bytes[..n], false), from);
+        }
+    });
+    let names = TcpListener::bind(("198.51.100.2", 53)).unwrap();
+    let asked = Arc::clone(asked);
+    std::thread::spawn(move || {
+        for mut stream in names.incoming().flatten() {
+            let asked = Arc::clone(&asked);
+            std::thread::spawn(move || resolve_over_tcp(&mut stream, &asked));
         }
     });
 }
@@ -154,14 +170,43 @@ fn say_back(mut stream: TcpStream) -> std::io::Result<()> {
     }
 }
 
-/// A name server: `allowed.test` is `.3`, everything else `.2`; IPv4 only.
-fn resolve(question: &[u8]) -> Vec<u8> {
-    let name_end = 12 + question[12..].iter().position(|b| *b == 0).unwrap() + 1;
+/// Where the name in a question ends.
+fn name_end(question: &[u8]) -> usize {
+    12 + question[12..].iter().position(|b| *b == 0).unwrap() + 1
+}
+
+/// Messages with their length before them, until the other side has no more.
+fn resolve_over_tcp(stream: &mut TcpStream, asked: &Asked) -> std::io::Result<()> {
+    loop {
+        let mut length = [0; 2];
+        stream.read_exact(&mut length)?;
+        let mut question = vec![0; u16::from_be_bytes(length).into()];
+        stream.read_exact(&mut question)?;
+        let mut labels = &question[12..name_end(&question) - 1];
+        let mut name = Vec::new();
+        while let [length, rest @ ..] = labels {
+            let (label, rest) = rest.split_at(usize::from(*length));
+            name.push(String::from_utf8_lossy(label).into_owned());
+            labels = rest;
+        }
+        asked.lock().unwrap().push(name.join("."));
+        let reply = resolve(&question, true);
+        stream.write_all(&[&(reply.len() as u16).to_be_bytes()[..], &reply].concat())?;
+    }
+}
+
+/// A name server: `allowed.test` and `long.test` are `.3`, everything else `.2`; IPv4 only. What
+/// `long.test` is, it says over TCP only.
+fn resolve(question: &[u8], tcp: bool) -> Vec<u8> {
+    let name_end = name_end(question);
     let kind = &question[name_end..name_end + 2];
-    let last = if question[12..].starts_with(b"\x07allowed") { 3 } else { 2 };
+    let long = question[12..].starts_with(b"\x04long");
+    let last = if long || question[12..].starts_with(b"\x07allowed") { 3 } else { 2 };
     let mut reply = question[..name_end + 4].to_vec();
-    let answers = u8::from(kind == [0, 1]);
-    reply[2..12].copy_from_slice(&[0x81, 0x80, 0, 1, 0, answers, 0, 0, 0, 0]);
+    let cut_short = long && !tcp;
+    let answers = u8::from(kind == [0, 1] && !cut_short);
+    let flags = 0x81 | u8::from(cut_short) << 1;
+    reply[2..12].copy_from_slice(&[flags, 0x80, 0, 1, 0, answers, 0, 0, 0, 0]);
     if answers == 1 {
         reply.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 30, 0, 4, 198, 51, 100, last]);
     }

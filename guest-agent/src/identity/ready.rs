@@ -4,6 +4,7 @@
 //! each of them for the first time.
 
 use super::hooks;
+use super::journald::Waiting;
 use super::network::Links;
 use crate::agent::Agent;
 use crate::netlink::Netlink;
@@ -18,6 +19,7 @@ pub struct Ready {
     links: Option<Links>,
     sock_diag: Option<Netlink>,
     route: Option<Netlink>,
+    pub(super) journald: Option<Waiting>,
 }
 
 /// Makes everything ready. What cannot be made now fails where it is used.
@@ -27,6 +29,8 @@ pub fn prepare(agent: &Agent) {
         links: Links::open().ok(),
         sock_diag: Netlink::open(SockProtocol::NetlinkSockDiag).ok(),
         route: Netlink::open(SockProtocol::NetlinkRoute).ok(),
+        // Only of a template; see there.
+        journald: None,
     };
     *agent.ready.borrow_mut() = ready;
 }
@@ -46,6 +50,11 @@ pub fn links(agent: &Agent) -> io::Result<Links> {
 /// To ask about and change addresses and routes by, if it is open.
 pub fn route(agent: &Agent) -> Option<Netlink> {
     agent.ready.borrow_mut().route.take()
+}
+
+/// The journal daemon that waits for its start, where there is one.
+pub fn journald(agent: &Agent) -> Option<Waiting> {
+    agent.ready.borrow_mut().journald.take()
 }
 
 /// To ask about sockets by.

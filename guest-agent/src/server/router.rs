@@ -52,7 +52,7 @@ async fn route(agent: &Rc<Agent>, request: Request<Incoming>) -> Answer {
         (&Method::POST, "/resume") => json(&claim::resume(agent, read_json(body).await?).await?),
         (&Method::GET, "/boot") => json(&boot::report().await?),
         (&Method::POST, "/boot/wait") => json(&boot::wait(&read_json(body).await?).await?),
-        (&Method::POST, "/settle") => json(&settle::settle(agent, &read_json(body).await?).await?),
+        (&Method::POST, "/settle") => json(&settle::settle(agent, &read_json(body).await?)?),
         (&Method::POST, "/freeze") => json(&settle::freeze(agent, &read_json(body).await?)?),
         (method, _) => {
             agent.require_live()?;

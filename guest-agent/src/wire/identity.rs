@@ -5,6 +5,24 @@ use crate::identity::Verified;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
+/// Every item, in the order they are applied in.
+pub const ITEMS: &[&str] = &[
+    "entropy",
+    "clock",
+    "network",
+    "sockets",
+    "hostname",
+    "machine_id",
+    "boot_id",
+    "journald",
+    "random_seed",
+    "ssh_host_keys",
+    "token",
+    "generation",
+    "hooks",
+    "thaw",
+];
+
 /// Items a report must hold, verified, before anybody may use the VM.
 pub const REQUIRED_ITEMS: &[&str] =
     &["entropy", "clock", "hostname", "machine_id", "boot_id", "random_seed", "generation", "thaw"];

@@ -56,7 +56,7 @@ async fn built(service: &Service, name: &str) -> Value {
 }
 
 /// Builds a template that must come to be.
-async fn build(service: &Service, name: &str, from: &str, steps: &Value) -> Value {
+pub async fn build(service: &Service, name: &str, from: &str, steps: &Value) -> Value {
     let asked = ask(service, name, from, steps).await.expect(202);
     assert_eq!((asked["name"].as_str(), asked["from"].as_str()), (Some(name), Some(from)));
     let template = built(service, name).await;
@@ -64,7 +64,7 @@ async fn build(service: &Service, name: &str, from: &str, steps: &Value) -> Valu
     template
 }
 
-async fn sandbox(service: &Service, template: &str) -> Value {
+pub async fn sandbox(service: &Service, template: &str) -> Value {
     service.create_with(&json!({ "template": template })).await
 }
 

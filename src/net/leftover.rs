@@ -38,7 +38,7 @@ impl fmt::Display for Leftover {
 
 /// A note whose service is dead and whose VMs are gone; with a VM goes its cable.
 fn is_left(note: &Note, links: &[(String, u32)]) -> bool {
-    let dead = note.owner.as_ref().is_some_and(|owner| owner.is_dead());
+    let dead = note.owner.as_ref().is_some_and(super::note::Owner::is_dead);
     let plan = Plan::new(&note.home.to_string_lossy(), std::net::Ipv4Addr::UNSPECIFIED, false);
     let has_vms = || links.iter().any(|(name, _)| name.starts_with(&plan.link_prefix));
     dead && note.table == plan.table && !has_vms()

@@ -53,4 +53,8 @@ def tell(context):
         took = time.monotonic() - started
         print(f"{word} {function.__name__}: {function.__doc__} ({took:.1f} s)", flush=True)
     print(f"{len(SCENARIOS)} scenarios, {failed} failed", flush=True)
-    sys.exit(1 if failed else 0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is said. The interpreter's own end is left out: threads that the SDK leaves behind can crash
+    # it there, after every scenario held.
+    os._exit(1 if failed else 0)

@@ -5,6 +5,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,13 @@ const SLICE: &str = "rethaw.slice/rethaw-workload.slice";
 const COMMANDS: &str = "rethaw-exec";
 /// Freezing waits for every process to stop; uninterruptible ones can take a moment.
 const FREEZE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// What a `cgroup.events` file says now.
+fn says_frozen(events: &File) -> io::Result<bool> {
+    let mut text = [0; 64];
+    let n = events.read_at(&mut text, 0)?;
+    Ok(text[..n].split(|b| *b == b'\n').any(|line| line == b"frozen 1"))
+}
 
 /// The workload's cgroup, or the lack of one.
 #[derive(Debug)]
@@ -91,8 +99,11 @@ impl Workload {
     /// # Errors
     /// The state cannot be read.
     pub fn is_frozen(&self) -> io::Result<bool> {
-        let events = fs::read_to_string(self.slice()?.join("cgroup.events"))?;
-        Ok(events.lines().any(|line| line == "frozen 1"))
+        says_frozen(&self.events()?)
+    }
+
+    fn events(&self) -> io::Result<File> {
+        File::open(self.slice()?.join("cgroup.events"))
     }
 
     /// Number of processes in the workload.
@@ -108,8 +119,11 @@ impl Workload {
 
     fn wait(&self, frozen: bool) -> io::Result<()> {
         let until = Instant::now() + FREEZE_DEADLINE;
-        let events = File::open(self.slice()?.join("cgroup.events"))?;
-        while self.is_frozen()? != frozen {
+        let events = self.events()?;
+        // Read and polled over one descriptor: a change is news until it was read there. This thread
+        // goes before all others, so a poll that never waits would keep from running just those that
+        // have to run to stop.
+        while says_frozen(&events)? != frozen {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let text = format!("the workload did not stop within {FREEZE_DEADLINE:?}");

@@ -58,7 +58,9 @@ def boot_default(run):
 def boot_min(run):
     """cold boots with the small kernel; skipped where it was not built (scripts/build-kernel)"""
     kernels = os.path.join(run.home, "kernels")
-    if not os.path.isdir(kernels) or not any("min" in k for k in os.listdir(kernels)):
+    # Only one built here has its configuration beside it.
+    if not os.path.isdir(kernels) or not any(
+            os.path.exists(os.path.join(kernels, k, "config")) for k in os.listdir(kernels)):
         print("boot-min: skipped: no small kernel there; scripts/build-kernel makes it (minutes)")
         return
     report(run, "min")

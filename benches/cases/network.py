@@ -86,13 +86,22 @@ def network_proxy(run):
     service = run.own_service("--network", "on", pool=1)
     client = service.client()
     sandbox, _ = client.create(internet="off")
-    start = f"setsid python3 -c \"{SERVER}\" >/dev/null 2>&1 & sleep 2"
+    start = f"setsid python3 -c \"{SERVER}\" >/dev/null 2>&1 &"
     client.execute(sandbox, ["sh", "-c", start])
     path = f"/v1/sandboxes/{sandbox['id']}/ports/8000/"
     token = {"X-Access-Token": sandbox["access_token"]}
     direct = f"{sandbox['network']['ipv4']}:8000"
     rates = {"proxied": [], "direct": []}
-    download(direct, "/", {})
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            download(direct, "/", {})
+            break
+        except ConnectionRefusedError:
+            # An emulated Python takes its time to listen.
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
     for _ in range(5):
         rates["proxied"].append(download(service.address, path, token))
         rates["direct"].append(download(direct, "/", {}))

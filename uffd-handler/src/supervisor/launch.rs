@@ -17,6 +17,10 @@ use super::link::{self, RequestError};
 use crate::control::{self, Channel, ChannelError, Event, PROTOCOL_VERSION, Reply, Request};
 use crate::{fdpass, pidfd};
 
+/// Attempts at reaching or starting a page server, and the pause between two.
+const TRIES: u32 = 4;
+const PAUSE: Duration = Duration::from_millis(100);
+
 /// Why there is no page server.
 #[derive(Debug, Error)]
 pub enum StartError {
@@ -86,10 +90,30 @@ pub(super) struct Running {
     pub(super) events: Vec<Event>,
 }
 
+/// The page server on the socket, else a new one; and whether it was there. One that is being killed
+/// right now may still take a connection, or stand in the way of the new one for a moment.
+pub(super) fn find_or_launch(config: &SupervisorConfig) -> Result<(Running, bool), StartError> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let found = match find(config) {
+            Ok(Some(running)) => Ok((running, true)),
+            Ok(None) => launch(config).map(|running| (running, false)),
+            Err(error) => Err(error),
+        };
+        match found {
+            Err(StartError::Conversation { .. } | StartError::NotReady { .. }) if tries < TRIES => {
+                std::thread::sleep(PAUSE);
+            }
+            found => return found,
+        }
+    }
+}
+
 /// The page server on the socket, if there is one. One of another version, as an upgrade of the
 /// service finds it, is ended: its VMs then stand still until they are recovered like those of a page
 /// server that was killed.
-pub(super) fn find(config: &SupervisorConfig) -> Result<Option<Running>, StartError> {
+fn find(config: &SupervisorConfig) -> Result<Option<Running>, StartError> {
     let Some(channel) = control::connect(&config.socket)? else { return Ok(None) };
     let listener = getsockopt(&channel, PeerCredentials).map(|who| who.pid());
     match greet(config, channel, None) {
@@ -116,7 +140,7 @@ fn end_other(pid: i32, deadline: Instant) -> Result<(), StartError> {
 }
 
 /// Starts a page server in a session of its own and waits until it is ready.
-pub(super) fn launch(config: &SupervisorConfig) -> Result<Running, StartError> {
+fn launch(config: &SupervisorConfig) -> Result<Running, StartError> {
     let deadline = Instant::now() + config.deadline;
     let log = match &config.log {
         None => Stdio::inherit(),

@@ -80,13 +80,10 @@ impl Shared {
     /// Finds or starts a page server and takes back what it serves.
     pub(super) fn begin(config: SupervisorConfig) -> Result<(Self, First), StartError> {
         let mut table = Table::new(config.state_dir.clone());
-        let mut running = match launch::find(&config)? {
-            Some(mut running) => {
-                adopt(&config, &mut running, &mut table)?;
-                running
-            }
-            None => launch::launch(&config)?,
-        };
+        let (mut running, was_there) = launch::find_or_launch(&config)?;
+        if was_there {
+            adopt(&config, &mut running, &mut table)?;
+        }
         recover(&config, &mut running, &mut table)?;
         let events = std::mem::take(&mut running.events);
         let current = Current::new(running)?;
@@ -198,10 +195,7 @@ impl Shared {
     /// Starts a page server and hands it every VM.
     fn replace(&self) -> Result<(Vec<Event>, usize), StartError> {
         // One may be there: started by hand, or left by an attempt that ran out of time.
-        let mut running = match launch::find(&self.config)? {
-            Some(running) => running,
-            None => launch::launch(&self.config)?,
-        };
+        let (mut running, _) = launch::find_or_launch(&self.config)?;
         let mut events = std::mem::take(&mut running.events);
         // Held until the new link is published: a VM is handed over here or sent there, not both.
         let mut table = self.table();

@@ -5,11 +5,10 @@
 
 mod rig;
 
-use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command as Process, Stdio};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
@@ -52,21 +51,7 @@ fn service(dir: &Path) -> ! {
 }
 
 fn start_service(dir: &Path) -> (Child, Vec<Pid>) {
-    start(NAME, SERVICE, dir)
-}
-
-/// Runs a test of this file as another process, told so by `variable`; gives the process ids it says.
-fn start(test: &str, variable: &str, dir: &Path) -> (Child, Vec<Pid>) {
-    let mut child = Process::new(std::env::current_exe().unwrap())
-        .args([test, "--exact", "--nocapture"])
-        .env(variable, dir)
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let line = lines.find_map(|line| line.unwrap().strip_prefix("serving ").map(String::from));
-    let pids = line.unwrap().split(' ').map(|pid| Pid::from_raw(pid.parse().unwrap())).collect();
-    (child, pids)
+    rig::start_process(NAME, SERVICE, dir)
 }
 
 #[test]
@@ -147,7 +132,7 @@ fn a_page_server_of_another_version_is_replaced() {
     first.kill().unwrap();
     kill(pids[0], Signal::SIGKILL).unwrap();
     first.wait().unwrap();
-    let (mut old, _) = start(OLD_NAME, OLD_PAGER, dir);
+    let (mut old, _) = rig::start_process(OLD_NAME, OLD_PAGER, dir);
 
     // The killed one may hold its lock for another moment.
     let second = rig::eventually(rig::DEADLINE, || Supervisor::start(config(dir)).ok());

@@ -4,7 +4,6 @@
 
 mod rig;
 
-use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command as Process, Stdio};
 use std::time::{Duration, Instant};
@@ -148,15 +147,7 @@ fn a_killed_service_leaves_its_vms_served_and_the_next_one_takes_them_back() {
     let dir = dir.path();
     oracle::write_memory(&dir.join("memory"), 7, PAGES);
     let name = "a_killed_service_leaves_its_vms_served_and_the_next_one_takes_them_back";
-    let mut first = Process::new(std::env::current_exe().unwrap())
-        .args([name, "--exact", "--nocapture"])
-        .env(SERVICE, dir)
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(first.stdout.take().unwrap()).lines();
-    let line = lines.find_map(|line| line.unwrap().strip_prefix("serving ").map(String::from));
-    let pids: Vec<i32> = line.unwrap().split(' ').map(|pid| pid.parse().unwrap()).collect();
+    let (mut first, pids) = rig::start_process(name, SERVICE, dir);
     first.kill().unwrap();
     first.wait().unwrap();
     // Nobody but the page server is left, and it serves on.
@@ -167,7 +158,7 @@ fn a_killed_service_leaves_its_vms_served_and_the_next_one_takes_them_back() {
     let second = rig::supervisor(dir);
     let events = second.events();
     assert_eq!(second.adopted(), ["vm"]);
-    assert_eq!(second.pager_pid(), pids[0], "the same page server");
+    assert_eq!(second.pager_pid(), pids[0].as_raw(), "the same page server");
     assert!(second.vm_stats("vm").unwrap().faults() >= PAGES / 2);
     // What was taken back is enough for a takeover.
     kill_pager(second.pager_pid());
@@ -178,7 +169,7 @@ fn a_killed_service_leaves_its_vms_served_and_the_next_one_takes_them_back() {
     let storm = Command::Storm { first: PAGES / 2, count: PAGES / 2, threads: 2 };
     storm_waits(cpu.run(&storm));
     assert_eq!(cpu.read(10), crc32fast::hash(&[0; 4096]));
-    kill(Pid::from_raw(pids[1]), Signal::SIGKILL).unwrap();
+    kill(pids[1], Signal::SIGKILL).unwrap();
     assert_eq!(events.recv_timeout(rig::DEADLINE).unwrap(), PagerEvent::VmGone { id: "vm".into() });
     second.shutdown();
 }

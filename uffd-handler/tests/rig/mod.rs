@@ -87,3 +87,26 @@ pub fn shim() -> PathBuf {
     dir.pop();
     dir.join("librethaw_uffd_shim.so")
 }
+
+/// Runs a test of the caller's file as another process, told so by `variable`; gives the process ids it says.
+pub fn start_process(
+    test: &str,
+    variable: &str,
+    dir: &Path,
+) -> (std::process::Child, Vec<nix::unistd::Pid>) {
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args([test, "--exact", "--nocapture"])
+        .env(variable, dir)
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    use std::io::BufRead as _;
+    let mut lines = std::io::BufReader::new(child.stdout.take().unwrap()).lines();
+    let line = lines.find_map(|line| line.unwrap().strip_prefix("serving ").map(String::from));
+    let pids = line
+        .unwrap()
+        .split(' ')
+        .map(|pid| nix::unistd::Pid::from_raw(pid.parse().unwrap()))
+        .collect();
+    (child, pids)
+}

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
-use super::{Fingerprint, Lookup, PageSource, SourceError, ZeroMap};
+use super::{Fingerprint, Lookup, PageSource, SourceError, ZeroMap, residency};
 use crate::uffd::PAGE;
 
 /// A flat memory file, open.
@@ -21,6 +21,8 @@ pub struct FlatLayer {
     path: PathBuf,
     fingerprint: Fingerprint,
     mapping: MmapRaw,
+    /// Whether the kernel says which pages of the file are in memory.
+    residency_told: bool,
     zero: Option<ZeroMap>,
 }
 
@@ -39,7 +41,8 @@ impl FlatLayer {
             return Err(SourceError::Size { path: path.to_path_buf(), expected, found });
         }
         let mapping = MmapOptions::new().map_raw_read_only(&file).map_err(open)?;
-        Ok(Self { file, path: path.to_path_buf(), fingerprint, mapping, zero })
+        let residency_told = residency::is_told(&file);
+        Ok(Self { file, path: path.to_path_buf(), fingerprint, mapping, residency_told, zero })
     }
 
     pub(super) fn fingerprint(&self) -> Fingerprint {
@@ -71,6 +74,12 @@ impl PageSource for FlatLayer {
     fn populate(&self, place: u64, page: u64, pages: u64) -> Result<(), SourceError> {
         let Some(start) = self.mapped(place) else { return Ok(()) };
         let len = (pages * PAGE).min(self.fingerprint.len - place * PAGE) as usize;
+        if self.residency_told && residency::is_resident(start, len) {
+            // As it is for every VM of a template but the first. What is not mapped yet, the install
+            // maps without waiting for a disk; behind the end of a file that became shorter it fails,
+            // as it does when that happens after this.
+            return Ok(());
+        }
         // SAFETY: the range lies in the mapping; populating changes nothing and touches nothing
         // from user space.
         let done = unsafe { libc::madvise(start as *mut _, len, libc::MADV_POPULATE_READ) };

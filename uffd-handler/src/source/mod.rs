@@ -8,6 +8,7 @@ mod delta;
 mod delta_writer;
 mod flat;
 mod layers;
+mod residency;
 mod zero_map;
 
 pub use delta::DeltaLayer;

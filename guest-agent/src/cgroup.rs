@@ -2,11 +2,13 @@
 //! before a snapshot and one write lets it go on.
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use std::fs::{self, File};
+use std::cell::RefCell;
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 /// Group that is frozen and thawed. It is where systemd has a slice of this name, so that services
@@ -28,12 +30,27 @@ fn says_frozen(events: &File) -> io::Result<bool> {
 #[derive(Debug)]
 pub struct Workload {
     mount: Option<PathBuf>,
+    /// Left open by who froze it: thawing it has no time for opening files.
+    switch: RefCell<Option<Rc<Switch>>>,
+}
+
+/// The files that stop and start it, and say whether it is stopped.
+#[derive(Debug)]
+struct Switch {
+    freeze: File,
+    events: File,
+}
+
+impl Switch {
+    fn turn(&self, freeze: bool) -> io::Result<()> {
+        self.freeze.write_all_at(if freeze { b"1" } else { b"0" }, 0)
+    }
 }
 
 impl Workload {
     /// The workload under a cgroup v2 mount.
     pub fn new(mount: Option<PathBuf>) -> Self {
-        Self { mount }
+        Self { mount, switch: RefCell::default() }
     }
 
     /// Whether there is a cgroup v2 to use.
@@ -82,8 +99,10 @@ impl Workload {
     pub fn freeze(&self) -> io::Result<()> {
         let slice = self.slice()?;
         fs::create_dir_all(slice.join(COMMANDS))?;
-        fs::write(slice.join("cgroup.freeze"), "1")?;
-        self.wait(true)
+        let switch = Rc::new(self.open_switch()?);
+        *self.switch.borrow_mut() = Some(Rc::clone(&switch));
+        switch.turn(true)?;
+        wait(&switch.events, true)
     }
 
     /// Lets the workload run; the caller reads [`Workload::is_frozen`] afterwards.
@@ -91,7 +110,7 @@ impl Workload {
     /// # Errors
     /// The write failed.
     pub fn thaw(&self) -> io::Result<()> {
-        fs::write(self.slice()?.join("cgroup.freeze"), "0")
+        self.switch()?.turn(false)
     }
 
     /// What the kernel says: whether all processes of the workload are stopped.
@@ -99,11 +118,18 @@ impl Workload {
     /// # Errors
     /// The state cannot be read.
     pub fn is_frozen(&self) -> io::Result<bool> {
-        says_frozen(&self.events()?)
+        says_frozen(&self.switch()?.events)
     }
 
-    fn events(&self) -> io::Result<File> {
-        File::open(self.slice()?.join("cgroup.events"))
+    fn switch(&self) -> io::Result<Rc<Switch>> {
+        let known = self.switch.borrow().clone();
+        known.map_or_else(|| self.open_switch().map(Rc::new), Ok)
+    }
+
+    fn open_switch(&self) -> io::Result<Switch> {
+        let slice = self.slice()?;
+        let freeze = OpenOptions::new().write(true).open(slice.join("cgroup.freeze"))?;
+        Ok(Switch { freeze, events: File::open(slice.join("cgroup.events"))? })
     }
 
     /// Number of processes in the workload.
@@ -116,27 +142,26 @@ impl Workload {
         }
         self.slice().map_or(0, |slice| count(&slice))
     }
+}
 
-    fn wait(&self, frozen: bool) -> io::Result<()> {
-        let until = Instant::now() + FREEZE_DEADLINE;
-        let events = self.events()?;
-        // Read and polled over one descriptor: a change is news until it was read there. This thread
-        // goes before all others, so a poll that never waits would keep from running just those that
-        // have to run to stop.
-        while says_frozen(&events)? != frozen {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                let text = format!("the workload did not stop within {FREEZE_DEADLINE:?}");
-                return Err(io::Error::new(io::ErrorKind::TimedOut, text));
-            }
-            // The kernel reports each change of the file as priority data.
-            let mut fds = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
-            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-            match poll(&mut fds, timeout) {
-                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-                Err(error) => return Err(error.into()),
-            }
+fn wait(events: &File, frozen: bool) -> io::Result<()> {
+    let until = Instant::now() + FREEZE_DEADLINE;
+    // Read and polled over one descriptor: a change is news until it was read there. This thread
+    // goes before all others, so a poll that never waits would keep from running just those that
+    // have to run to stop.
+    while says_frozen(events)? != frozen {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            let text = format!("the workload did not stop within {FREEZE_DEADLINE:?}");
+            return Err(io::Error::new(io::ErrorKind::TimedOut, text));
         }
-        Ok(())
+        // The kernel reports each change of the file as priority data.
+        let mut fds = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
+    Ok(())
 }

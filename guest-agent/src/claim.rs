@@ -28,19 +28,22 @@ pub fn set_clock(agent: &Agent, request: &ClockRequest) -> Result<ClaimReport, A
 }
 
 /// `POST /resume`: the same machine goes on, but must not repeat random numbers that the paused
-/// memory holds already.
+/// memory holds already. `received` is when the request began to arrive.
 ///
 /// # Errors
 /// 409 unless it was frozen (or runs), 400 on too little entropy, and when a step fails.
-pub async fn resume(agent: &Agent, request: ResumeRequest) -> Result<ClaimReport, ApiError> {
-    let received = Instant::now()?;
+pub async fn resume(
+    agent: &Agent,
+    request: ResumeRequest,
+    received: Instant,
+) -> Result<ClaimReport, ApiError> {
     if !matches!(agent.state(), AgentState::Frozen | AgentState::Live) {
         let text = format!("a machine that is {:?} cannot be resumed", agent.state());
         return Err(ApiError::new(409, codes::WRONG_STATE, text));
     }
     entropy::check(&request.entropy.0)
         .map_err(|e| ApiError::new(400, codes::INVALID_REQUEST, e.to_string()))?;
-    entropy::reseed(&request.entropy.0)?;
+    entropy::reseed(&*identity::random(agent)?, &request.entropy.0)?;
     let report = set(agent, request.wall_clock_unix_nanos, received)?;
     if let Some(network) = request.network {
         let host = HostTime::new(request.wall_clock_unix_nanos, received)?;
@@ -62,11 +65,11 @@ pub async fn resume(agent: &Agent, request: ResumeRequest) -> Result<ClaimReport
 fn set(agent: &Agent, unix_nanos: u64, received: Instant) -> Result<ClaimReport, ApiError> {
     let host = HostTime::new(unix_nanos, received)?;
     let before = host.offset()?;
-    host.set()?;
+    let after = host.set()?;
     Ok(ClaimReport {
         generation: agent.generation.borrow().clone(),
         clock_error_nanos: before.nanos,
-        clock_residual_nanos: host.offset()?.nanos,
+        clock_residual_nanos: after.nanos,
         total_micros: received.micros(),
     })
 }
@@ -77,7 +80,7 @@ fn take(
     env: BTreeMap<String, String>,
 ) -> Result<(), ApiError> {
     crate::exec::check_env(&env)?;
-    if let Some(access_token) = access_token {
+    if access_token.is_some() {
         token::store(agent, access_token)?;
     }
     *agent.env.borrow_mut() = env;

@@ -1,4 +1,4 @@
-//! The host's client: one HTTP/2 connection to the agent of one VM.
+//! The host's client: one connection to the agent of one VM, with HTTP/2 on it.
 //!
 //! Every call takes a deadline and every way it can fail is a variant of [`AgentError`]. The
 //! client is cheap to clone; all clones share the connection, and [`AgentClient::closed`] resolves
@@ -7,22 +7,23 @@
 mod connect;
 mod error;
 mod exec;
+mod link;
 
 pub use error::AgentError;
 pub use exec::{ExecSender, ExecStream};
 
+use crate::question::Kind;
 use crate::wire;
 use bytes::Bytes;
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
-use hyper::client::conn::http2::SendRequest;
-use hyper::http::{HeaderValue, Method, Request, Response};
+use hyper::http::{HeaderValue, Method, Request, Response, StatusCode};
+use link::Link;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
-use tokio::sync::watch;
 
 /// Error of a request body that is streamed to the agent.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
@@ -45,8 +46,7 @@ pub fn name_requests(name: fn() -> Option<String>) {
 /// A connection to one VM's agent.
 #[derive(Debug, Clone)]
 pub struct AgentClient {
-    sender: SendRequest<RequestBody>,
-    closed: watch::Receiver<bool>,
+    link: Arc<Link>,
 }
 
 /// A body that is already there.
@@ -123,7 +123,7 @@ impl AgentClient {
         request: &wire::IdentityRequest,
         deadline: Duration,
     ) -> Result<wire::IdentityReport, AgentError> {
-        self.call(Method::POST, "/identity", Some(request), deadline).await
+        self.ask(Kind::Identity, request, deadline).await
     }
 
     /// Hands a parked VM to its user.
@@ -159,7 +159,7 @@ impl AgentClient {
         request: &wire::ResumeRequest,
         deadline: Duration,
     ) -> Result<wire::ClaimReport, AgentError> {
-        self.call(Method::POST, "/resume", Some(request), deadline).await
+        self.ask(Kind::Resume, request, deadline).await
     }
 
     /// Sends any request (path and query only, no authority) and returns the answer as it comes,
@@ -177,23 +177,52 @@ impl AgentClient {
             *request.uri_mut() =
                 uri.parse().map_err(|_| AgentError::Protocol(format!("invalid URI {uri:?}")))?;
         }
-        let name = REQUEST.get().and_then(|name| name());
-        if let Some(Ok(name)) = name.map(|name| HeaderValue::from_str(&name)) {
+        if let Some(Ok(name)) = request_name().map(|name| HeaderValue::from_str(&name)) {
             request.headers_mut().insert(wire::REQUEST_ID, name);
         }
-        let mut sender = self.sender.clone();
+        let mut sender = self.link.http().await?;
         sender.send_request(request).await.map_err(|e| AgentError::from_hyper(&e))
     }
 
-    /// Resolves when the connection is gone; at once if it is already.
+    /// Resolves when the connection is gone; at once if it is already. An identity or a resume that is
+    /// to be asked for before HTTP/2 comes first.
     pub async fn closed(&self) {
-        // An error means the connection's driver is gone, which is the same thing.
-        let _ = self.closed.clone().wait_for(|closed| *closed).await;
+        // Only HTTP/2 reads from a connection that nobody waits on.
+        if self.link.http().await.is_err() {
+            return;
+        }
+        // It cannot fail: the sender lives in the link.
+        let _ = self.link.watch().wait_for(|gone| *gone).await;
     }
 
     /// Whether the connection is gone.
     pub fn is_closed(&self) -> bool {
-        *self.closed.borrow() || self.closed.has_changed().is_err() || self.sender.is_closed()
+        self.link.is_closed()
+    }
+
+    /// A call that is asked before HTTP/2 where that still can be done.
+    async fn ask<B: Serialize, R: DeserializeOwned>(
+        &self,
+        kind: Kind,
+        body: &B,
+        deadline: Duration,
+    ) -> Result<R, AgentError> {
+        let path = kind.path();
+        let json = serde_json::to_vec(body)
+            .map_err(|e| AgentError::Protocol(format!("request to {path}: {e}")))?;
+        let name = request_name().unwrap_or_default();
+        let answer = tokio::time::timeout(deadline, self.link.ask(kind, &name, &json))
+            .await
+            .map_err(|_| AgentError::Timeout { call: path.to_owned(), deadline })??;
+        match answer {
+            Some((200, body)) => serde_json::from_slice(&body)
+                .map_err(|e| AgentError::Protocol(format!("answer of {path}: {e}"))),
+            Some((status, body)) => Err(AgentError::refused(
+                StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR),
+                &body,
+            )),
+            None => self.call(Method::POST, path, Some(body), deadline).await,
+        }
     }
 
     /// A typed call: JSON in, JSON out, one deadline over all of it.
@@ -232,6 +261,11 @@ impl AgentClient {
             .await
             .map_err(|_| AgentError::Timeout { call: path.to_owned(), deadline })?
     }
+}
+
+/// Name of the request that the caller works for.
+fn request_name() -> Option<String> {
+    REQUEST.get().and_then(|name| name())
 }
 
 async fn collect(body: Incoming) -> Result<Bytes, AgentError> {

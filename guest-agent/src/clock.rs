@@ -94,20 +94,22 @@ impl HostTime {
     }
 
     /// Sets the wall clock; again, when this machine was stopped between asking for the time and
-    /// setting it.
+    /// setting it. How far off it is then.
     ///
     /// # Errors
     /// Not permitted.
-    pub fn set(self) -> io::Result<()> {
-        for _ in 0..TRIES {
+    pub fn set(self) -> io::Result<Offset> {
+        let mut tries = TRIES;
+        loop {
             let now = self.at(Instant::now()?);
             let time = TimeSpec::new(now.div_euclid(1_000_000_000), now.rem_euclid(1_000_000_000));
             clock_settime(ClockId::CLOCK_REALTIME, time)?;
-            if self.offset()?.nanos.abs() <= CLOSE_NANOS {
-                break;
+            let offset = self.offset()?;
+            tries -= 1;
+            if tries == 0 || offset.nanos.abs() <= CLOSE_NANOS {
+                return Ok(offset);
             }
         }
-        Ok(())
     }
 }
 

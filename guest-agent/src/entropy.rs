@@ -3,7 +3,7 @@
 //! Adding it is not enough: the generator would go on with its cloned key for up to minutes. The
 //! second request makes it take a new key at once, which per-CPU generators and the vDSO follow.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 
@@ -36,15 +36,22 @@ pub fn check(seed: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// Opens the kernel's generator.
+///
+/// # Errors
+/// There is no `/dev/urandom`.
+pub fn open() -> io::Result<File> {
+    OpenOptions::new().write(true).open("/dev/urandom")
+}
+
 /// Adds the seed and makes the generator take a new key from it.
 ///
 /// # Errors
 /// Not permitted, or the generator is not ready.
-pub fn reseed(seed: &[u8]) -> io::Result<()> {
+pub fn reseed(device: &File, seed: &[u8]) -> io::Result<()> {
     check(seed)?;
     let mut pool = Pool { entropy_bits: 8 * BYTES as i32, size: BYTES as i32, bytes: [0; BYTES] };
     pool.bytes.copy_from_slice(seed);
-    let device = OpenOptions::new().write(true).open("/dev/urandom")?;
     // SAFETY: the kernel reads `size` bytes that follow the two integers, and `Pool` has them.
     let added = unsafe { libc::ioctl(device.as_raw_fd(), RNDADDENTROPY, &raw const pool) };
     // The seed would otherwise stay in this process's memory, and in the next snapshot.

@@ -24,17 +24,24 @@ mod write;
 
 pub use journald::start as start_journald;
 pub use proof::Verified;
-pub use ready::{Ready, prepare as prepare_copy};
+pub use ready::{Ready, prepare as prepare_copy, random};
+pub use write::rewrite;
 
 use crate::agent::Agent;
 use crate::clock::{HostTime, Instant};
 use crate::server::ApiError;
+use crate::token as access_token;
 use crate::wire::{AgentState, IdentityReport, IdentityRequest, NetworkSettings, codes};
-use proof::{Context, Run};
+use proof::{Context, Item, Run};
 use std::rc::Rc;
 
-/// Names the item that is to fail here, for testing what happens then; in no ordinary template.
-const FAULT_INJECTION: &str = "/etc/rethaw/fault-injection";
+/// Files that an identity changes, with their modes.
+const FILES: &[(&str, u32)] = &[
+    ("/etc/hostname", 0o644),
+    ("/etc/hosts", 0o644),
+    ("/etc/machine-id", 0o444),
+    ("/etc/resolv.conf", 0o644),
+];
 
 fn invalid(message: impl Into<String>) -> ApiError {
     ApiError::new(400, codes::INVALID_REQUEST, message)
@@ -59,23 +66,28 @@ pub async fn apply(
     let host = HostTime::new(request.wall_clock_unix_nanos, received)?;
     // Until every item is proven the machine counts as failed, whatever interrupts this.
     agent.distrust();
-    let fault = fault(agent);
+    let fault = ready::fault(agent);
     let context = Context { agent, request: &request, host, fault: &fault };
+    let mut items: [Box<dyn Item>; 14] = [
+        Box::new(entropy::Entropy::new(agent)),
+        Box::new(clock::Clock),
+        Box::new(network::Network::new(agent, wanted_network)),
+        Box::new(sockets::Sockets::new(agent)),
+        Box::new(hostname::Hostname),
+        Box::new(machine_id::MachineId::default()),
+        Box::new(boot_id::BootId),
+        Box::new(journald::Journald::new(agent)),
+        Box::new(random_seed::RandomSeed::default()),
+        Box::new(ssh_host_keys::SshHostKeys),
+        Box::new(token::Token),
+        Box::new(generation::Generation),
+        Box::new(hooks::Hooks::find(agent)),
+        Box::new(thaw::Thaw),
+    ];
     let mut run = Run::default();
-    run.item(entropy::Entropy::default(), &context).await;
-    run.item(clock::Clock, &context).await;
-    run.item(network::Network::new(agent, wanted_network), &context).await;
-    run.item(sockets::Sockets::new(agent), &context).await;
-    run.item(hostname::Hostname, &context).await;
-    run.item(machine_id::MachineId, &context).await;
-    run.item(boot_id::BootId, &context).await;
-    run.item(journald::Journald::new(agent), &context).await;
-    run.item(random_seed::RandomSeed, &context).await;
-    run.item(ssh_host_keys::SshHostKeys, &context).await;
-    run.item(token::Token, &context).await;
-    run.item(generation::Generation, &context).await;
-    run.item(hooks::Hooks::find(agent), &context).await;
-    run.item(thaw::Thaw, &context).await;
+    for item in &mut items {
+        run.item(item.as_mut(), &context).await;
+    }
     let (items, failed) = run.finish();
     if failed {
         agent.set_state(AgentState::IdentityFailed)?;
@@ -102,8 +114,8 @@ pub async fn attach(
     let wanted = network::Wanted::parse(&request).map_err(invalid)?;
     let context = Context { agent, request: &request, host, fault: "" };
     let mut run = Run::default();
-    run.item(network::Network::new(agent, wanted), &context).await;
-    run.item(sockets::Sockets::new(agent), &context).await;
+    run.item(&mut network::Network::new(agent, wanted), &context).await;
+    run.item(&mut sockets::Sockets::new(agent), &context).await;
     let (items, failed) = run.finish();
     match items.into_iter().find_map(|item| item.error.map(|error| (item.item, error))) {
         Some((item, error)) if failed => Err(ApiError::internal(format!("{item}: {error}"))),
@@ -118,17 +130,17 @@ pub async fn attach(
 /// # Errors
 /// What could not be done.
 pub fn prepare(agent: &Agent, vacuum: bool, removed: &mut Vec<String>) -> Result<(), ApiError> {
-    for path in ["/etc/hostname", "/etc/hosts", "/etc/machine-id", "/etc/resolv.conf"] {
-        write::prepare(agent, path).map_err(|e| ApiError::from_io(&e, path))?;
+    for (path, mode) in FILES {
+        write::prepare(agent, path, *mode).map_err(|e| ApiError::from_io(&e, path))?;
     }
     // What is looked for and not found is remembered by the kernel, and so by the snapshot.
     ssh_host_keys::in_template(agent);
-    fault(agent);
-    prepare_copy(agent);
     machine_id::prepare(agent).map_err(|e| ApiError::internal(e.to_string()))?;
     generation::prepare(agent).map_err(|e| ApiError::internal(e.to_string()))?;
     boot_id::prepare(agent).map_err(|e| ApiError::internal(format!("boot_id: {e}")))?;
     network::prepare().map_err(|e| ApiError::internal(format!("network: {e}")))?;
+    access_token::prepare(agent).map_err(|e| ApiError::internal(format!("token: {e}")))?;
+    prepare_copy(agent);
     let ended = journald::prepare(agent, vacuum, removed);
     ended.map_err(|e| ApiError::internal(format!("journald: {e}")))
 }
@@ -170,12 +182,6 @@ fn check(request: &IdentityRequest) -> Result<(), ApiError> {
     crate::entropy::check(&request.entropy.0).map_err(|e| invalid(e.to_string()))?;
     crate::exec::check_env(&request.env)?;
     Ok(())
-}
-
-/// The item that is to fail; empty where none is.
-fn fault(agent: &Agent) -> String {
-    let named = std::fs::read_to_string(agent.path(FAULT_INJECTION)).unwrap_or_default();
-    named.trim().to_owned()
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@ mod lint;
 mod log;
 mod notify;
 mod query;
+mod question;
 mod random;
 mod resident;
 mod settle;
@@ -34,3 +35,4 @@ mod watch;
 pub mod client;
 
 pub use identity::start_journald;
+pub use resident::keep_heap;

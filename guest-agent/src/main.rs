@@ -4,9 +4,9 @@
 mod preinit;
 
 use guest_agent::agent::{Agent, Config};
-use guest_agent::start_journald;
 use guest_agent::transport::{Port, VsockListener, find_port, serve_session, serve_vsock};
 use guest_agent::wire::AgentState;
+use guest_agent::{keep_heap, start_journald};
 use std::io;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -16,6 +16,7 @@ fn main() -> ExitCode {
         preinit::run();
     }
     run_before_others();
+    keep_heap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = runtime.and_then(|runtime| {
         let local = tokio::task::LocalSet::new();

@@ -18,8 +18,10 @@ const NESTED: u16 = libc::NLA_F_NESTED as u16;
 const DONE: u16 = libc::NLMSG_DONE as u16;
 /// The kernel answers at once; this is for a kernel that does not.
 const TIMEOUT_SECONDS: i64 = 2;
-/// Dumps come in pieces of at most this.
+/// Dumps come in pieces of at most this: as long as the kernel makes them.
 const BUFFER: usize = 32 * 1024;
+/// A kernel that was never offered more makes pieces of less than a page, which it has at hand.
+const SMALL_BUFFER: usize = 4096;
 
 /// A request being built.
 #[derive(Debug)]
@@ -147,6 +149,7 @@ pub fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
 pub struct Netlink {
     socket: OwnedFd,
     sequence: u32,
+    buffer: Vec<u8>,
 }
 
 impl Netlink {
@@ -158,7 +161,15 @@ impl Netlink {
         let flags = SockFlag::SOCK_CLOEXEC;
         let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
         setsockopt(&socket, ReceiveTimeout, &TimeVal::new(TIMEOUT_SECONDS, 0))?;
-        Ok(Self { socket, sequence: 0 })
+        Ok(Self { socket, sequence: 0, buffer: vec![0; BUFFER] })
+    }
+
+    /// The same for questions with short answers: nothing large is allocated, on either side.
+    ///
+    /// # Errors
+    /// The kernel does not have it.
+    pub fn open_small(protocol: SockProtocol) -> io::Result<Self> {
+        Ok(Self { buffer: vec![0; SMALL_BUFFER], ..Self::open(protocol)? })
     }
 
     /// Sends a request that changes something and waits for the kernel's word.
@@ -277,9 +288,8 @@ impl Netlink {
         &mut self,
         mut take: impl FnMut(u32, u16, &[u8]) -> io::Result<()>,
     ) -> io::Result<()> {
-        let mut buffer = vec![0; BUFFER];
-        let n = recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
-        let mut rest = &buffer[..n];
+        let n = recv(self.socket.as_raw_fd(), &mut self.buffer, MsgFlags::empty())?;
+        let mut rest = &self.buffer[..n];
         while rest.len() >= HEADER {
             let length = u32_at(rest, 0).ok_or_else(malformed)? as usize;
             let body = rest.get(HEADER..length).ok_or_else(malformed)?;

@@ -2,7 +2,9 @@
 //! [`serve_connection`], which routes each request to the module that owns its resource.
 
 mod body;
+mod first;
 mod reply;
+mod rewound;
 mod router;
 
 pub use body::{Body, read_json, read_limited};
@@ -35,16 +37,17 @@ where
     }
 }
 
-/// Serves HTTP/2 on `io` until the other side is gone. Must run inside a `LocalSet`.
+/// Serves HTTP/2, and what may come before it, on `io` until the other side is gone. Must run inside a `LocalSet`.
 pub async fn serve_connection<S>(io: S, agent: Rc<Agent>)
 where
     S: AsyncRead + AsyncWrite + Unpin + 'static,
 {
+    // A connection ends when its host does; there is nobody left to tell about it.
+    let Ok(io) = first::answer(io, &agent).await else { return };
     let service = service_fn(move |request| {
         let agent = Rc::clone(&agent);
         async move { Ok::<_, Infallible>(router::handle(agent, request).await) }
     });
-    // A connection ends when its host does; there is nobody left to tell about it.
     let _ = hyper::server::conn::http2::Builder::new(LocalExecutor)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)

@@ -13,6 +13,9 @@
 //!   | <========== HTTP/2 both ways ======> |
 //! ```
 //!
+//! An agent's marker also says whether it takes a question before HTTP/2 (see [`crate::question`]):
+//! one that was frozen into an old template does not.
+//!
 //! An agent that starts anew says so with a marker of the all-zero nonce: a host in the middle of a
 //! connection sees it as gone, a host in the middle of its handshake sends a new marker.
 

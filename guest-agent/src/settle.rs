@@ -3,7 +3,6 @@
 use crate::agent::Agent;
 use crate::clock::Instant;
 use crate::server::ApiError;
-use crate::token;
 use crate::wire::{AgentState, FreezeRequest, SettleReport, SettleRequest, codes};
 use std::fs;
 use std::io;
@@ -42,7 +41,6 @@ pub fn settle(agent: &Agent, request: &SettleRequest) -> Result<SettleReport, Ap
         }
     }
     crate::identity::prepare(agent, request.vacuum, &mut removed).map_err(|e| thawed(agent, e))?;
-    token::drop(agent).map_err(|e| thawed(agent, ApiError::from_io(&e, token::PATH)))?;
     agent.log.clear();
     agent.env.borrow_mut().clear();
     agent.generation.borrow_mut().take();

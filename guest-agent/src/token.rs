@@ -1,39 +1,37 @@
 //! The sandbox's access token, kept where the sandbox's own programs (as root) can read it.
 
 use crate::agent::Agent;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use crate::identity::rewrite;
+use std::fs;
+use std::io;
 
-/// Where the token is.
+/// Where the token is. The file is there before there is a token, and blank.
 pub const PATH: &str = "/run/rethaw/access-token";
+const NONE: &str = "\n";
+/// Only root can read it.
+const MODE: u32 = 0o600;
 
-/// Keeps a token; only root can read it.
+/// Makes the file, without a token: a clone has only to change it.
 ///
 /// # Errors
 /// `/run` cannot be written.
-pub fn store(agent: &Agent, token: &str) -> io::Result<()> {
-    let path = agent.path(PATH);
-    let open = || -> io::Result<File> {
-        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path)
-    };
-    let mut file = match open() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            fs::create_dir_all(agent.path("/run/rethaw"))?;
-            open()?
-        }
-        other => other?,
-    };
-    file.write_all(token.as_bytes())
+pub fn prepare(agent: &Agent) -> io::Result<()> {
+    fs::create_dir_all(agent.path("/run/rethaw"))?;
+    store(agent, None)
 }
 
-/// Forgets the token.
+/// Keeps a token, or none any more.
 ///
 /// # Errors
-/// It is there and cannot be removed.
-pub fn drop(agent: &Agent) -> io::Result<()> {
-    match fs::remove_file(agent.path(PATH)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
+/// `/run` cannot be written.
+pub fn store(agent: &Agent, token: Option<&str>) -> io::Result<()> {
+    let path = agent.path(PATH);
+    let token = token.unwrap_or(NONE);
+    match rewrite(&path, token, MODE) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            fs::create_dir_all(agent.path("/run/rethaw"))?;
+            rewrite(&path, token, MODE)
+        }
+        other => other,
     }
 }

@@ -484,8 +484,8 @@ fn an_agent_that_is_started_again_knows_where_it_was() {
         assert_eq!(health.state, AgentState::Live);
         assert_eq!(health.generation, Some(request.generation));
 
-        successor.settle(&SettleRequest::default(), SOON).await.unwrap();
         fs::write(machine.path("etc/rethaw/fault-injection"), "token").unwrap();
+        successor.settle(&SettleRequest::default(), SOON).await.unwrap();
         successor.identity(&identity(5), SOON).await.unwrap();
         let health = machine.agent().await.health(SOON).await.unwrap();
         assert_eq!((health.state, health.generation), (AgentState::IdentityFailed, None));

@@ -1,17 +1,13 @@
-//! Making the connection: session handshake where the transport needs one, then HTTP/2.
+//! Making the connection: a session handshake where the transport needs one.
 
+use super::link::Link;
 use super::{AgentClient, AgentError};
 use crate::session::Session;
-use hyper_util::rt::{TokioExecutor, TokioIo};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
-use tokio::sync::watch;
-
-/// HTTP/2 receive windows of the host: a command's output is not held up by round trips.
-const STREAM_WINDOW: u32 = 1 << 20;
-const CONNECTION_WINDOW: u32 = 4 << 20;
 
 impl AgentClient {
     /// Connects to the agent behind QEMU's chardev socket of the virtio-serial port.
@@ -45,17 +41,12 @@ impl AgentClient {
             .map_err(|_| AgentError::Timeout { call: "session handshake".to_owned(), deadline })?
     }
 
-    /// Connects over a stream that is a connection by itself (vsock).
-    ///
-    /// # Errors
-    /// `Disconnected` when the stream closes, `Timeout` after the deadline.
-    pub async fn connect_stream<S>(stream: S, deadline: Duration) -> Result<Self, AgentError>
+    /// A client on a stream that is a connection by itself (vsock).
+    pub fn on_stream<S>(stream: S) -> Self
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        tokio::time::timeout(deadline, Self::start_http(stream))
-            .await
-            .map_err(|_| AgentError::Timeout { call: "HTTP/2 handshake".to_owned(), deadline })?
+        Self { link: Arc::new(Link::new(Box::new(stream), false)) }
     }
 
     async fn start_session<S>(stream: S) -> Result<Self, AgentError>
@@ -66,26 +57,8 @@ impl AgentClient {
             .connect(random)
             .await
             .map_err(|e| AgentError::Disconnected(format!("session handshake: {e}")))?;
-        Self::start_http(io).await
-    }
-
-    async fn start_http<S>(stream: S) -> Result<Self, AgentError>
-    where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    {
-        let (sender, connection) = hyper::client::conn::http2::Builder::new(TokioExecutor::new())
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .handshake(TokioIo::new(stream))
-            .await
-            .map_err(|e| AgentError::from_hyper(&e))?;
-        let (gone, closed) = watch::channel(false);
-        tokio::spawn(async move {
-            // How it ended is told to the requests on it.
-            let _ = connection.await;
-            let _ = gone.send(true);
-        });
-        Ok(Self { sender, closed })
+        let may_ask = io.may_ask();
+        Ok(Self { link: Arc::new(Link::new(Box::new(io), may_ask)) })
     }
 }
 

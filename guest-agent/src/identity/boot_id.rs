@@ -22,11 +22,10 @@ impl Item for BootId {
     }
 
     fn read(&self, _context: &Context<'_>) -> Result<Reading, ItemError> {
-        let text = fs::read_to_string(KERNEL).map_err(ItemError::io("read boot_id"))?;
-        Ok(Reading::of(text.trim_end()))
+        Ok(Reading::of(write::read(Path::new(KERNEL))?.trim_end()))
     }
 
-    async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
+    fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
         let wanted = &context.request.boot_id;
         let ours = context.agent.path(OURS);
         write::update(&ours, &format!("{wanted}\n"), 0o444)?;

@@ -23,8 +23,8 @@ impl Item for Clock {
         Ok(reading)
     }
 
-    async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
-        context.host.set().map_err(ItemError::io("set the clock"))
+    fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
+        context.host.set().map(drop).map_err(ItemError::io("set the clock"))
     }
 
     fn check(&self, _: &Context<'_>, _old: &Reading, new: &Reading) -> Result<(), ItemError> {

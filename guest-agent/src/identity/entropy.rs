@@ -5,11 +5,24 @@
 //! sample on is shown from outside, by restoring twice.
 
 use super::proof::{Context, Item, ItemError, Reading};
+use super::ready;
+use crate::agent::Agent;
+use std::fs::File;
+use std::io;
+use std::rc::Rc;
 
 /// The item.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Entropy {
+    generator: io::Result<Rc<File>>,
     reseeded: bool,
+}
+
+impl Entropy {
+    /// The item.
+    pub fn new(agent: &Agent) -> Self {
+        Self { generator: ready::random(agent), reseeded: false }
+    }
 }
 
 impl Item for Entropy {
@@ -28,8 +41,12 @@ impl Item for Entropy {
         Ok(reading)
     }
 
-    async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
-        crate::entropy::reseed(&context.request.entropy.0).map_err(ItemError::io("reseed"))?;
+    fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
+        let generator =
+            self.generator.as_ref().map_err(|e| io::Error::new(e.kind(), e.to_string()));
+        let seed = &context.request.entropy.0;
+        let reseeded = generator.and_then(|generator| crate::entropy::reseed(generator, seed));
+        reseeded.map_err(ItemError::io("reseed"))?;
         self.reseeded = true;
         Ok(())
     }

@@ -34,7 +34,7 @@ impl Item for Generation {
         Ok(Reading::of(text.trim_end()))
     }
 
-    async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
+    fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
         let contents = format!("{}\n", context.request.generation);
         write::update(&context.agent.path(GENERATION), &contents, 0o644)
     }

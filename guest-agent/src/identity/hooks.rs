@@ -2,7 +2,7 @@
 //! root while the workload is still frozen, and see the new identity in their environment; each
 //! must end with 0 within its time.
 
-use super::proof::{Context, Item, ItemError, Reading};
+use super::proof::{Context, Item, ItemError, Reading, Work};
 use super::ready;
 use crate::agent::Agent;
 use crate::exec::tool;
@@ -31,6 +31,26 @@ impl Hooks {
     /// The hooks of a machine that waits for its identity.
     pub fn find(agent: &Agent) -> Self {
         Self { hooks: ready::hooks(agent), results: Vec::new() }
+    }
+
+    async fn run(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
+        let timeout = context.request.hooks_timeout_seconds;
+        let timeout = timeout.and_then(|s| Duration::try_from_secs_f64(s).ok()).unwrap_or(TIMEOUT);
+        let until = Instant::now() + timeout;
+        let env = environment(context);
+        for hook in &self.hooks {
+            let name = hook.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let left = until.saturating_duration_since(Instant::now()).min(EACH);
+            let path = hook.to_string_lossy();
+            let output = tool::run(&[&path], &env, left).await;
+            let output = output.map_err(ItemError::io(format!("hook {name}")))?;
+            let text: String = output.text.chars().take(SHOWN).collect();
+            self.results.push((name, output.code, text));
+            if output.code != 0 {
+                break;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -83,24 +103,12 @@ impl Item for Hooks {
         Ok(reading)
     }
 
-    async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
-        let timeout = context.request.hooks_timeout_seconds;
-        let timeout = timeout.and_then(|s| Duration::try_from_secs_f64(s).ok()).unwrap_or(TIMEOUT);
-        let until = Instant::now() + timeout;
-        let env = environment(context);
-        for hook in &self.hooks {
-            let name = hook.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let left = until.saturating_duration_since(Instant::now()).min(EACH);
-            let path = hook.to_string_lossy();
-            let output = tool::run(&[&path], &env, left).await;
-            let output = output.map_err(ItemError::io(format!("hook {name}")))?;
-            let text: String = output.text.chars().take(SHOWN).collect();
-            self.results.push((name, output.code, text));
-            if output.code != 0 {
-                break;
-            }
-        }
+    fn apply(&mut self, _: &Context<'_>) -> Result<(), ItemError> {
         Ok(())
+    }
+
+    fn work<'a>(&'a mut self, context: &'a Context<'_>) -> Option<Work<'a>> {
+        Some(Box::pin(self.run(context)))
     }
 
     fn check(&self, _: &Context<'_>, _: &Reading, _: &Reading) -> Result<(), ItemError> {

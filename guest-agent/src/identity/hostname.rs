@@ -47,7 +47,7 @@ impl Item for Hostname {
         Ok(Reading::of(format!("{name}\n{}\n{own}", file.trim())))
     }
 
-    async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
+    fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
         let name = &context.request.hostname;
         nix::unistd::sethostname(name).map_err(|e| ItemError::io("sethostname")(e.into()))?;
         write::update(&context.agent.path(HOSTNAME), &format!("{name}\n"), 0o644)?;

@@ -44,7 +44,7 @@ const DELAY: Duration = Duration::from_secs(3);
 /// The item.
 #[derive(Debug)]
 pub struct Journald {
-    waiting: Option<Waiting>,
+    waiting: Option<Rc<Waiting>>,
     /// The old processes last seen.
     seen: RefCell<Vec<i32>>,
 }
@@ -191,7 +191,7 @@ impl Item for Journald {
         Ok(Reading::of(pids.join(" ")))
     }
 
-    async fn apply(&mut self, _: &Context<'_>) -> Result<(), ItemError> {
+    fn apply(&mut self, _: &Context<'_>) -> Result<(), ItemError> {
         for &pid in self.seen.get_mut().iter() {
             end(pid).map_err(ItemError::io(format!("end journald ({pid})")))?;
         }
@@ -234,7 +234,7 @@ pub fn prepare(agent: &Agent, all: bool, removed: &mut Vec<String>) -> io::Resul
         sleep(LOOK);
     }
     hold(agent, true)?;
-    agent.ready.borrow_mut().journald = Waiting::look(agent).ok();
+    agent.ready.borrow_mut().journald = Waiting::look(agent).ok().map(Rc::new);
     Ok(())
 }
 

@@ -4,6 +4,7 @@
 use super::proof::{Context, Item, ItemError, Reading};
 use super::write;
 use crate::agent::Agent;
+use std::cell::Cell;
 use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
@@ -12,8 +13,11 @@ const MACHINE_ID: &str = "/etc/machine-id";
 const DBUS: &str = "/var/lib/dbus/machine-id";
 
 /// The item.
-#[derive(Debug)]
-pub struct MachineId;
+#[derive(Debug, Default)]
+pub struct MachineId {
+    /// D-Bus's is a link, or not there.
+    one_file: Cell<bool>,
+}
 
 impl Item for MachineId {
     fn name(&self) -> &'static str {
@@ -24,18 +28,24 @@ impl Item for MachineId {
         let id = write::read(&context.agent.path(MACHINE_ID))?;
         let dbus = match fs::read_link(context.agent.path(DBUS)) {
             // A link of this kind holds the same id by itself; it need not be followed.
-            Ok(target) if target == std::path::Path::new(MACHINE_ID) => id.clone(),
+            Ok(target) if target == std::path::Path::new(MACHINE_ID) => {
+                self.one_file.set(true);
+                id.clone()
+            }
             Ok(_) => write::read(&context.agent.path(DBUS))?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => id.clone(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.one_file.set(true);
+                id.clone()
+            }
             Err(_) => write::read(&context.agent.path(DBUS))?,
         };
         Ok(Reading::of(format!("{}\n{}", id.trim_end(), dbus.trim_end())))
     }
 
-    async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
+    fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
         let contents = format!("{}\n", context.request.machine_id);
         write::update(&context.agent.path(MACHINE_ID), &contents, 0o444)?;
-        prepare(context.agent)
+        if self.one_file.get() { Ok(()) } else { prepare(context.agent) }
     }
 
     fn check(&self, context: &Context<'_>, _: &Reading, new: &Reading) -> Result<(), ItemError> {

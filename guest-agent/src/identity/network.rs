@@ -8,21 +8,24 @@
 
 mod link;
 
-pub use link::Links;
+pub use link::{Links, Seen};
 
 use super::proof::{Context, Item, ItemError, Reading};
+use super::ready::SharedNetlink;
 use super::{ready, write};
 use crate::agent::Agent;
 use crate::netlink::{Message, Netlink, Request, u32_at};
 use link::Link;
 use nix::sys::socket::SockProtocol;
-use std::cell::{Cell, RefCell, RefMut};
+use std::cell::{Cell, RefMut};
 use std::fmt::Write as _;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::rc::Rc;
 
-const DEFAULT_INTERFACE: &str = "eth0";
+/// The interface of a machine that has one.
+pub const DEFAULT_INTERFACE: &str = "eth0";
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// Sizes of the kernel's ifinfomsg, ifaddrmsg and rtmsg.
 const IFINFO: usize = 16;
@@ -36,10 +39,12 @@ const IPV6: &str = "/proc/sys/net/ipv6/conf";
 #[derive(Debug)]
 pub struct Network {
     wanted: Wanted,
-    /// The link as last read, and whether it had no address.
-    seen: Cell<Option<(Link, bool)>>,
-    links: io::Result<Links>,
-    netlink: RefCell<Option<Netlink>>,
+    /// The link as last read.
+    seen: Cell<Option<Seen>>,
+    /// How it was when the machine was frozen, until that was told.
+    frozen: Cell<Option<Seen>>,
+    links: io::Result<Rc<Links>>,
+    netlink: io::Result<SharedNetlink>,
 }
 
 /// The request's settings, understood.
@@ -152,8 +157,9 @@ fn link_local(mac: [u8; 6]) -> (IpAddr, u8) {
     (Ipv6Addr::from(bytes).into(), 64)
 }
 
-fn open() -> io::Result<Netlink> {
-    Netlink::open(SockProtocol::NetlinkRoute)
+/// An error that was met earlier, once more.
+fn again(error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), error.to_string())
 }
 
 fn raise(netlink: &mut Netlink, index: u32) -> io::Result<()> {
@@ -175,7 +181,7 @@ pub fn prepare() -> io::Result<()> {
     if link.up {
         return Ok(());
     }
-    raise(&mut open()?, link.index)
+    raise(&mut Netlink::open_small(SockProtocol::NetlinkRoute)?, link.index)
 }
 
 /// Sets one of IPv6's switches of a link; a kernel without IPv6 has none.
@@ -240,20 +246,29 @@ fn gateways(netlink: &mut Netlink, index: u32) -> io::Result<Vec<IpAddr>> {
 impl Network {
     /// The item for settings that were understood.
     pub fn new(agent: &Agent, wanted: Wanted) -> Self {
-        let netlink = RefCell::new(ready::route(agent));
-        Self { wanted, seen: Cell::new(None), links: ready::links(agent), netlink }
+        let frozen = ready::link(agent).filter(|_| wanted.interface == DEFAULT_INTERFACE);
+        let (links, netlink) = (ready::links(agent), ready::route(agent));
+        Self { wanted, seen: Cell::new(None), frozen: Cell::new(frozen), links, netlink }
     }
 
     fn links(&self) -> io::Result<&Links> {
-        self.links.as_ref().map_err(|e| io::Error::new(e.kind(), e.to_string()))
+        self.links.as_deref().map_err(again)
     }
 
     fn netlink(&self) -> io::Result<RefMut<'_, Netlink>> {
-        let mut netlink = self.netlink.borrow_mut();
-        if netlink.is_none() {
-            *netlink = Some(open()?);
+        self.netlink.as_ref().map(|netlink| netlink.borrow_mut()).map_err(again)
+    }
+
+    /// The link now, or as it was when the machine was frozen: nothing in it has run since.
+    fn look(&self) -> io::Result<Seen> {
+        if let Some(frozen) = self.frozen.take() {
+            return Ok(frozen);
         }
-        RefMut::filter_map(netlink, Option::as_mut).map_err(|_| io::ErrorKind::NotFound.into())
+        let links = self.links()?;
+        let link = links.get(&self.wanted.interface)?;
+        // With addresses just set there is no point in asking whether there are any.
+        let bare = self.wanted.addresses.is_empty() && links.without_addresses(link.index)?;
+        Ok(Seen { link, bare })
     }
 
     fn describe(
@@ -279,9 +294,9 @@ impl Network {
         };
         let name = &self.wanted.interface;
         let links = self.links().map_err(at("open a socket for"))?;
-        let (Link { index, up, .. }, bare) = match self.seen.get() {
+        let Seen { link: Link { index, up, .. }, bare } = match self.seen.get() {
             Some(seen) => seen,
-            None => (links.get(name).map_err(at("find"))?, false),
+            None => Seen { link: links.get(name).map_err(at("find"))?, bare: false },
         };
         let mut netlink = self.netlink().map_err(at("open netlink for"))?;
         if !bare {
@@ -333,11 +348,9 @@ impl Item for Network {
 
     fn read(&self, context: &Context<'_>) -> Result<Reading, ItemError> {
         let io = || ItemError::io(format!("read the state of {}", self.wanted.interface));
-        let links = self.links().map_err(io())?;
-        let link = links.get(&self.wanted.interface).map_err(io())?;
-        let bare = links.without_addresses(link.index).map_err(io())?;
-        self.seen.set(Some((link, bare)));
-        let Link { index, up, mac } = link;
+        let seen = self.look().map_err(io())?;
+        self.seen.set(Some(seen));
+        let Seen { link: Link { index, up, mac }, bare } = seen;
         let (addresses, gateways) = if bare {
             (Vec::new(), Vec::new())
         } else {
@@ -356,7 +369,7 @@ impl Item for Network {
         Ok(reading)
     }
 
-    async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
+    fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
         self.set().map_err(|(what, source)| ItemError::Io { what, source })?;
         match &self.wanted.resolv_conf {
             Some(text) => write::update(&context.agent.path(RESOLV_CONF), text, 0o644),

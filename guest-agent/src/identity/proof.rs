@@ -8,6 +8,7 @@ use crate::wire::{IdentityItem, IdentityRequest};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::io;
+use std::pin::Pin;
 
 /// Hex digits of a digest: enough to tell values apart, too few to guess a token from.
 const DIGEST_BYTES: usize = 8;
@@ -83,7 +84,12 @@ impl Reading {
     }
 }
 
-/// One thing that makes a machine itself.
+/// Work that takes its time.
+pub type Work<'a> = Pin<Box<dyn Future<Output = Result<(), ItemError>> + 'a>>;
+
+/// One thing that makes a machine itself. What drives items is written once for all of them, and not
+/// compiled for each: a clone runs this code for the first time, and an emulated one pays for its
+/// length.
 pub trait Item {
     /// Its name in the report.
     fn name(&self) -> &'static str;
@@ -103,7 +109,12 @@ pub trait Item {
     ///
     /// # Errors
     /// It cannot be set.
-    async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError>;
+    fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError>;
+
+    /// The part of setting it that has to be waited for; most have none.
+    fn work<'a>(&'a mut self, _context: &'a Context<'_>) -> Option<Work<'a>> {
+        None
+    }
 
     /// Judges what was read before and after.
     ///
@@ -123,7 +134,7 @@ pub struct Verified {
 impl Verified {
     /// Reads back and judges; the only constructor.
     fn read_back(
-        item: &impl Item,
+        item: &dyn Item,
         context: &Context<'_>,
         old: &Reading,
     ) -> Result<Self, (String, ItemError)> {
@@ -150,11 +161,11 @@ pub struct Run {
 
 impl Run {
     /// Applies an item and reports it.
-    pub async fn item(&mut self, mut item: impl Item, context: &Context<'_>) {
+    pub async fn item(&mut self, item: &mut dyn Item, context: &Context<'_>) {
         if self.failed {
             return;
         }
-        let outcome = outcome(&mut item, context).await;
+        let outcome = outcome(item, context).await;
         self.failed = !outcome.is_verified() && outcome.skipped.is_none();
         self.items.push(outcome);
     }
@@ -165,7 +176,7 @@ impl Run {
     }
 }
 
-async fn outcome(item: &mut impl Item, context: &Context<'_>) -> IdentityItem {
+async fn outcome(item: &mut dyn Item, context: &Context<'_>) -> IdentityItem {
     let name = item.name();
     let Ok(started) = Instant::now() else {
         let error = "the monotonic clock cannot be read".to_owned();
@@ -183,15 +194,17 @@ async fn outcome(item: &mut impl Item, context: &Context<'_>) -> IdentityItem {
 }
 
 async fn attempt(
-    item: &mut impl Item,
+    item: &mut dyn Item,
     context: &Context<'_>,
 ) -> Result<Verified, ((String, String), ItemError)> {
     let old = item.read(context).map_err(|e| (Default::default(), e))?;
-    let applied = if context.fault == item.name() {
-        Err(ItemError::Injected)
-    } else {
-        item.apply(context).await
-    };
+    let mut applied =
+        if context.fault == item.name() { Err(ItemError::Injected) } else { item.apply(context) };
+    if applied.is_ok()
+        && let Some(work) = item.work(context)
+    {
+        applied = work.await;
+    }
     applied.map_err(|e| ((old.digest(), String::new()), e))?;
     Verified::read_back(item, context, &old).map_err(|(new, e)| ((old.digest(), new), e))
 }

@@ -1,38 +1,69 @@
 //! What is done when a machine is frozen so that its clones need not do it: handles are opened and
 //! folders listed. The workload does not run between then and the identity, so nothing found here
-//! can have changed; opening and listing are long ways through the kernel, and a clone would go
-//! each of them for the first time.
+//! can have changed; opening, listing and closing are long ways through the kernel, and a clone would
+//! go each of them for the first time. So what was opened stays open, too.
 
 use super::hooks;
 use super::journald::Waiting;
-use super::network::Links;
+use super::network::{Links, Seen};
 use crate::agent::Agent;
 use crate::netlink::Netlink;
 use nix::sys::socket::SockProtocol;
+use std::cell::RefCell;
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
+use std::rc::Rc;
+
+/// Names the item that is to fail here, for testing what happens then; in no ordinary template.
+const FAULT_INJECTION: &str = "/etc/rethaw/fault-injection";
+
+/// A netlink socket that whoever needs it shares.
+pub type SharedNetlink = Rc<RefCell<Netlink>>;
 
 /// What is there already. An agent that was started anew has none of it, and makes it then.
 #[derive(Debug, Default)]
 pub struct Ready {
+    fault: Option<String>,
     hooks: Option<Vec<PathBuf>>,
-    links: Option<Links>,
-    sock_diag: Option<Netlink>,
-    route: Option<Netlink>,
-    pub(super) journald: Option<Waiting>,
+    links: Option<Rc<Links>>,
+    link: Option<Seen>,
+    sock_diag: Option<SharedNetlink>,
+    route: Option<SharedNetlink>,
+    random: Option<Rc<File>>,
+    pub(super) journald: Option<Rc<Waiting>>,
 }
 
 /// Makes everything ready. What cannot be made now fails where it is used.
 pub fn prepare(agent: &Agent) {
+    let links = Links::open().ok().map(Rc::new);
     let ready = Ready {
+        fault: Some(read_fault(agent)),
         hooks: Some(hooks::list(agent)),
-        links: Links::open().ok(),
-        sock_diag: Netlink::open(SockProtocol::NetlinkSockDiag).ok(),
-        route: Netlink::open(SockProtocol::NetlinkRoute).ok(),
+        link: links.as_ref().and_then(|links| links.look().ok()),
+        links,
+        sock_diag: netlink(SockProtocol::NetlinkSockDiag).ok(),
+        route: netlink(SockProtocol::NetlinkRoute).ok(),
+        random: crate::entropy::open().ok().map(Rc::new),
         // Only of a template; see there.
         journald: None,
     };
     *agent.ready.borrow_mut() = ready;
+}
+
+fn netlink(protocol: SockProtocol) -> io::Result<SharedNetlink> {
+    Ok(Rc::new(RefCell::new(Netlink::open_small(protocol)?)))
+}
+
+fn read_fault(agent: &Agent) -> String {
+    let named = std::fs::read_to_string(agent.path(FAULT_INJECTION)).unwrap_or_default();
+    named.trim().to_owned()
+}
+
+/// The item that is to fail; empty where none is.
+pub fn fault(agent: &Agent) -> String {
+    let known = agent.ready.borrow_mut().fault.take();
+    known.unwrap_or_else(|| read_fault(agent))
 }
 
 /// The hooks of `agent`'s machine.
@@ -42,23 +73,35 @@ pub fn hooks(agent: &Agent) -> Vec<PathBuf> {
 }
 
 /// To ask about links by.
-pub fn links(agent: &Agent) -> io::Result<Links> {
-    let known = agent.ready.borrow_mut().links.take();
-    known.map_or_else(Links::open, Ok)
+pub fn links(agent: &Agent) -> io::Result<Rc<Links>> {
+    let known = agent.ready.borrow().links.clone();
+    known.map_or_else(|| Links::open().map(Rc::new), Ok)
 }
 
-/// To ask about and change addresses and routes by, if it is open.
-pub fn route(agent: &Agent) -> Option<Netlink> {
-    agent.ready.borrow_mut().route.take()
+/// The link as it was then; told once, for it is about to change.
+pub fn link(agent: &Agent) -> Option<Seen> {
+    agent.ready.borrow_mut().link.take()
 }
 
-/// The journal daemon that waits for its start, where there is one.
-pub fn journald(agent: &Agent) -> Option<Waiting> {
-    agent.ready.borrow_mut().journald.take()
+/// To ask about and change addresses and routes by.
+pub fn route(agent: &Agent) -> io::Result<SharedNetlink> {
+    let known = agent.ready.borrow().route.clone();
+    known.map_or_else(|| netlink(SockProtocol::NetlinkRoute), Ok)
 }
 
 /// To ask about sockets by.
-pub fn sock_diag(agent: &Agent) -> io::Result<Netlink> {
-    let known = agent.ready.borrow_mut().sock_diag.take();
-    known.map_or_else(|| Netlink::open(SockProtocol::NetlinkSockDiag), Ok)
+pub fn sock_diag(agent: &Agent) -> io::Result<SharedNetlink> {
+    let known = agent.ready.borrow().sock_diag.clone();
+    known.map_or_else(|| netlink(SockProtocol::NetlinkSockDiag), Ok)
+}
+
+/// The kernel's random number generator.
+pub fn random(agent: &Agent) -> io::Result<Rc<File>> {
+    let known = agent.ready.borrow().random.clone();
+    known.map_or_else(|| crate::entropy::open().map(Rc::new), Ok)
+}
+
+/// The journal daemon that waits for its start, where there is one.
+pub fn journald(agent: &Agent) -> Option<Rc<Waiting>> {
+    agent.ready.borrow().journald.clone()
 }

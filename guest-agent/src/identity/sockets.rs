@@ -2,7 +2,7 @@
 //! with the same sequence numbers. All that do not stay inside the machine are closed.
 
 use super::proof::{Context, Item, ItemError, Reading};
-use super::ready;
+use super::ready::{self, SharedNetlink};
 use crate::agent::Agent;
 use crate::netlink::{Message, Netlink, Request};
 use std::cell::{Cell, RefCell};
@@ -18,7 +18,7 @@ const CONNECTED: u32 = 0xfff & !(1 << 10) & !(1 << 6);
 /// The item, with the socket to ask by and the connections last seen.
 #[derive(Debug)]
 pub struct Sockets {
-    netlink: RefCell<io::Result<Netlink>>,
+    netlink: io::Result<SharedNetlink>,
     seen: RefCell<Vec<Message>>,
     /// What was seen is from this moment: it need not be asked for again.
     fresh: Cell<bool>,
@@ -28,7 +28,7 @@ impl Sockets {
     /// The item.
     pub fn new(agent: &Agent) -> Self {
         let netlink = ready::sock_diag(agent);
-        Self { netlink: RefCell::new(netlink), seen: RefCell::default(), fresh: Cell::new(false) }
+        Self { netlink, seen: RefCell::default(), fresh: Cell::new(false) }
     }
 }
 
@@ -78,9 +78,8 @@ impl Item for Sockets {
     }
 
     fn not_applicable(&self, _: &Context<'_>) -> Option<String> {
-        let mut netlink = self.netlink.borrow_mut();
-        let found = match &mut *netlink {
-            Ok(netlink) => connections(netlink),
+        let found = match &self.netlink {
+            Ok(netlink) => connections(&mut netlink.borrow_mut()),
             Err(error) => return Some(format!("no sock_diag: {error}")),
         };
         match found {
@@ -99,9 +98,8 @@ impl Item for Sockets {
 
     fn read(&self, _: &Context<'_>) -> Result<Reading, ItemError> {
         if !self.fresh.take() {
-            let mut netlink = self.netlink.borrow_mut();
-            let list = match &mut *netlink {
-                Ok(netlink) => connections(netlink),
+            let list = match &self.netlink {
+                Ok(netlink) => connections(&mut netlink.borrow_mut()),
                 Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
             };
             *self.seen.borrow_mut() = list.map_err(ItemError::io("list sockets"))?;
@@ -113,8 +111,9 @@ impl Item for Sockets {
         Ok(reading)
     }
 
-    async fn apply(&mut self, _: &Context<'_>) -> Result<(), ItemError> {
-        let Ok(netlink) = self.netlink.get_mut() else { return Ok(()) };
+    fn apply(&mut self, _: &Context<'_>) -> Result<(), ItemError> {
+        let Ok(netlink) = &self.netlink else { return Ok(()) };
+        let mut netlink = netlink.borrow_mut();
         for message in self.seen.get_mut() {
             let id = id(message).unwrap_or_default();
             let body = request(message.body[0], CONNECTED, id);

@@ -2,7 +2,7 @@
 //! Ed25519 key is made, and a running server reads it. A template without a server (the usual one)
 //! pays one look for it; with one, making the key is the only tool a restore may start.
 
-use super::proof::{Context, Item, ItemError, Reading};
+use super::proof::{Context, Item, ItemError, Reading, Work};
 use super::write;
 use crate::agent::Agent;
 use crate::exec::tool;
@@ -38,6 +38,24 @@ fn keys(context: &Context<'_>) -> Vec<PathBuf> {
     keys
 }
 
+/// Makes a key, and has a server that runs read it.
+async fn make(context: &Context<'_>) -> Result<(), ItemError> {
+    let path = context.agent.path(KEY);
+    let argv = [KEYGEN, "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", &path.to_string_lossy()];
+    let output = tool::run(&argv, &[], DEADLINE).await.map_err(ItemError::io("ssh-keygen"))?;
+    if output.code != 0 {
+        let got = format!("{}: {}", output.code, output.text.trim());
+        return Err(ItemError::Mismatch { wanted: "exit 0 of ssh-keygen".to_owned(), got });
+    }
+    // A server that runs reads its keys again on this signal; one that does not will at start.
+    let pid = write::read(&context.agent.path(PID))?.trim().parse::<i32>();
+    if let Some(pid) = pid.ok().filter(|pid| *pid > 1) {
+        let hup = kill(Pid::from_raw(pid), Signal::SIGHUP);
+        hup.map_err(|e| ItemError::io(format!("signal sshd ({pid})"))(e.into()))?;
+    }
+    Ok(())
+}
+
 impl Item for SshHostKeys {
     fn name(&self) -> &'static str {
         "ssh_host_keys"
@@ -55,25 +73,15 @@ impl Item for SshHostKeys {
         Ok(Reading::of(value))
     }
 
-    async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
+    fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
         for key in keys(context) {
             fs::remove_file(&key).map_err(ItemError::io(format!("remove {}", key.display())))?;
         }
-        let path = context.agent.path(KEY);
-        let argv =
-            [KEYGEN, "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", &path.to_string_lossy()];
-        let output = tool::run(&argv, &[], DEADLINE).await.map_err(ItemError::io("ssh-keygen"))?;
-        if output.code != 0 {
-            let got = format!("{}: {}", output.code, output.text.trim());
-            return Err(ItemError::Mismatch { wanted: "exit 0 of ssh-keygen".to_owned(), got });
-        }
-        // A server that runs reads its keys again on this signal; one that does not will at start.
-        let pid = write::read(&context.agent.path(PID))?.trim().parse::<i32>();
-        if let Some(pid) = pid.ok().filter(|pid| *pid > 1) {
-            let hup = kill(Pid::from_raw(pid), Signal::SIGHUP);
-            hup.map_err(|e| ItemError::io(format!("signal sshd ({pid})"))(e.into()))?;
-        }
         Ok(())
+    }
+
+    fn work<'a>(&'a mut self, context: &'a Context<'_>) -> Option<Work<'a>> {
+        Some(Box::pin(make(context)))
     }
 
     fn check(&self, context: &Context<'_>, old: &Reading, new: &Reading) -> Result<(), ItemError> {

@@ -21,7 +21,7 @@ impl Item for Thaw {
         Ok(Reading::of(if frozen { "frozen" } else { "running" }))
     }
 
-    async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
+    fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
         context.agent.workload.thaw().map_err(ItemError::io("thaw the workload"))
     }
 

@@ -14,15 +14,13 @@ impl Item for Token {
     }
 
     fn read(&self, context: &Context<'_>) -> Result<Reading, ItemError> {
-        Ok(Reading::of(write::read(&context.agent.path(token::PATH))?))
+        let text = write::read(&context.agent.path(token::PATH))?;
+        Ok(Reading::of(text.trim_end()))
     }
 
-    async fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
-        match &context.request.access_token {
-            Some(token) => token::store(context.agent, token),
-            None => token::drop(context.agent),
-        }
-        .map_err(ItemError::io("keep the token"))
+    fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
+        let token = context.request.access_token.as_deref();
+        token::store(context.agent, token).map_err(ItemError::io("keep the token"))
     }
 
     fn check(&self, context: &Context<'_>, _: &Reading, new: &Reading) -> Result<(), ItemError> {

@@ -8,36 +8,44 @@
 use super::proof::ItemError;
 use crate::agent::Agent;
 use nix::mount::{MsFlags, mount};
-use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::Path;
 
 /// Where copies of files that have another one mounted over them are.
 const COPIES: &str = "/run/rethaw/etc";
+/// Bytes read at once.
+const PIECE: usize = 1024;
 
-fn open(path: &Path, mode: u32) -> io::Result<File> {
-    OpenOptions::new().write(true).create(true).truncate(false).mode(mode).open(path)
-}
-
-/// Gives `path` these contents; it is made when it is not there.
+/// Gives `path` these contents; it is made, with this mode, when it is not there.
 ///
 /// # Errors
 /// The file system refuses.
 pub fn update(path: &Path, contents: &str, mode: u32) -> Result<(), ItemError> {
-    let write = || -> io::Result<()> {
-        let file = open(path, mode)?;
-        file.write_all_at(contents.as_bytes(), 0)?;
-        let meta = file.metadata()?;
-        if meta.len() != contents.len() as u64 {
-            file.set_len(contents.len() as u64)?;
-        }
-        if meta.permissions().mode() & 0o7777 != mode {
+    rewrite(path, contents, mode).map_err(ItemError::io(format!("write {}", path.display())))
+}
+
+/// The same, with the kernel's own error.
+///
+/// # Errors
+/// The file system refuses.
+pub fn rewrite(path: &Path, contents: &str, mode: u32) -> io::Result<()> {
+    let mut file = match OpenOptions::new().write(true).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
+            // Whatever the umask says.
             file.set_permissions(fs::Permissions::from_mode(mode))?;
+            file
         }
-        Ok(())
+        file => file?,
     };
-    write().map_err(ItemError::io(format!("write {}", path.display())))
+    file.write_all_at(contents.as_bytes(), 0)?;
+    // Where it ends is found without asking for all there is to know about it.
+    if file.seek(SeekFrom::End(0))? != contents.len() as u64 {
+        file.set_len(contents.len() as u64)?;
+    }
+    Ok(())
 }
 
 /// Puts a copy of `path` on `/run`, which is in memory, and mounts it over `path`, as containers do
@@ -47,7 +55,7 @@ pub fn update(path: &Path, contents: &str, mode: u32) -> Result<(), ItemError> {
 ///
 /// # Errors
 /// It is there and cannot be copied, mounted or opened.
-pub fn prepare(agent: &Agent, path: &str) -> io::Result<()> {
+pub fn prepare(agent: &Agent, path: &str, mode: u32) -> io::Result<()> {
     let target = agent.path(path);
     let meta = match fs::symlink_metadata(&target) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -59,17 +67,21 @@ pub fn prepare(agent: &Agent, path: &str) -> io::Result<()> {
     if !meta.is_file() {
         return Ok(());
     }
-    if !memory {
-        return OpenOptions::new().write(true).open(&target).map(drop);
-    }
-    if fs::metadata(&run)?.dev() == meta.dev() {
-        return Ok(());
+    let permissions = fs::Permissions::from_mode(mode);
+    if !memory || fs::metadata(&run)?.dev() == meta.dev() {
+        OpenOptions::new().write(true).open(&target)?;
+        return fs::set_permissions(&target, permissions);
     }
     let folder = agent.path(COPIES);
     fs::create_dir_all(&folder)?;
     let copy = folder.join(target.file_name().unwrap_or_default());
     fs::copy(&target, &copy)?;
     chown(&copy, Some(meta.uid()), Some(meta.gid()))?;
+    fs::set_permissions(&copy, permissions)?;
+    if meta.len() == 0 {
+        // An empty file has no memory yet, which a clone would have to find.
+        fs::write(&copy, "\n")?;
+    }
     let none = None::<&str>;
     Ok(mount(Some(&copy), &target, none, MsFlags::MS_BIND, none)?)
 }
@@ -77,11 +89,23 @@ pub fn prepare(agent: &Agent, path: &str) -> io::Result<()> {
 /// Reads a small file; one that is not there reads as empty.
 ///
 /// # Errors
-/// It is there and cannot be read.
+/// It is there and cannot be read, or is no text.
 pub fn read(path: &Path) -> Result<String, ItemError> {
-    match fs::read_to_string(path) {
-        Ok(text) => Ok(text),
+    // Being read leaves no mark on it: the mark is a write, and a longer way than the reading.
+    let open = || OpenOptions::new().read(true).custom_flags(libc::O_NOATIME).open(path);
+    let read = || -> io::Result<String> {
+        let mut file = open()?;
+        let (mut text, mut piece) = (Vec::with_capacity(PIECE), [0; PIECE]);
+        loop {
+            match file.read(&mut piece)? {
+                0 => break,
+                n => text.extend_from_slice(&piece[..n]),
+            }
+        }
+        String::from_utf8(text).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+    };
+    match read() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
-        Err(error) => Err(ItemError::io(format!("read {}", path.display()))(error)),
+        result => result.map_err(ItemError::io(format!("read {}", path.display()))),
     }
 }

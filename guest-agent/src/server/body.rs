@@ -117,6 +117,5 @@ pub async fn read_limited(mut body: Incoming, limit: usize) -> Result<Bytes, Api
 pub async fn read_json<T: DeserializeOwned>(body: Incoming) -> Result<T, ApiError> {
     let bytes = read_limited(body, MAX_JSON).await?;
     let bytes: &[u8] = if bytes.is_empty() { b"{}" } else { &bytes };
-    serde_json::from_slice(bytes)
-        .map_err(|e| ApiError::new(400, codes::INVALID_REQUEST, format!("the body: {e}")))
+    serde_json::from_slice(bytes).map_err(|e| ApiError::invalid_json(&e))
 }

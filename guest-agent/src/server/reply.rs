@@ -33,6 +33,11 @@ impl ApiError {
         Self::new(500, codes::INTERNAL, message)
     }
 
+    /// A body that cannot be understood.
+    pub fn invalid_json(error: &serde_json::Error) -> Self {
+        Self::new(400, codes::INVALID_REQUEST, format!("the body: {error}"))
+    }
+
     /// What an I/O error on `path` means to the caller.
     pub fn from_io(error: &io::Error, path: &str) -> Self {
         use io::ErrorKind as K;
@@ -49,12 +54,16 @@ impl ApiError {
         Self::new(status, code, format!("{path}: {error}"))
     }
 
+    /// The body of the answer that carries this refusal.
+    pub fn into_body(self) -> Vec<u8> {
+        let body = ErrorBody { error_code: self.error_code.to_owned(), message: self.message };
+        serde_json::to_vec(&body).unwrap_or_default()
+    }
+
     /// The answer that carries this refusal.
     pub fn into_response(self) -> Response<Body> {
-        let body = ErrorBody { error_code: self.error_code.to_owned(), message: self.message };
         let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let bytes = serde_json::to_vec(&body).unwrap_or_default();
-        let mut response = Response::new(Body::Full(Some(bytes.into())));
+        let mut response = Response::new(Body::Full(Some(self.into_body().into())));
         *response.status_mut() = status;
         response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         response

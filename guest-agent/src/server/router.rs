@@ -45,11 +45,14 @@ async fn route(agent: &Rc<Agent>, request: Request<Incoming>) -> Answer {
             json(&claim::claim(agent, read_json(body).await?)?)
         }
         (&Method::POST, "/identity") => {
-            let received = crate::clock::Instant::now()?;
+            let received = Instant::now()?;
             json(&identity::apply(agent, read_json(body).await?, received).await?)
         }
         (&Method::POST, "/clock") => json(&claim::set_clock(agent, &read_json(body).await?)?),
-        (&Method::POST, "/resume") => json(&claim::resume(agent, read_json(body).await?).await?),
+        (&Method::POST, "/resume") => {
+            let received = Instant::now()?;
+            json(&claim::resume(agent, read_json(body).await?, received).await?)
+        }
         (&Method::GET, "/boot") => json(&boot::report().await?),
         (&Method::POST, "/boot/wait") => json(&boot::wait(&read_json(body).await?).await?),
         (&Method::POST, "/settle") => json(&settle::settle(agent, &read_json(body).await?)?),

@@ -2,7 +2,8 @@
 //! "everything before this is void".
 //!
 //! Data: after 15 consecutive 0xFF the writer inserts one 0x00, which the reader drops.
-//! Marker: 16 or more 0xFF, then 0x01, then a 16-byte nonce whose bytes are all below 0x80.
+//! Marker: 16 or more 0xFF, then 0x01 (or 0x02, from an agent that takes a question before HTTP/2),
+//! then a 16-byte nonce whose bytes are all below 0x80.
 //!
 //! Reader states: `Lost` (skipping to the next marker) -> `Skip` (in a marker's 0xFF) -> `Nonce`
 //! -> `Data`; anything malformed leads to `Lost`, and from every state a marker is recognised.
@@ -13,6 +14,8 @@ const MAX_RUN: u8 = 15;
 const MARKER_RUN: usize = 16;
 const STUFFING: u8 = 0x00;
 const MARKER_END: u8 = 0x01;
+/// The same, from an agent that takes a question before HTTP/2.
+const MARKER_END_ASK: u8 = 0x02;
 
 /// Length of a marker on the wire.
 pub const MARKER_LEN: usize = MARKER_RUN + 1 + 16;
@@ -40,6 +43,13 @@ impl Nonce {
         let mut out = [0xff; MARKER_LEN];
         out[MARKER_RUN] = MARKER_END;
         out[MARKER_RUN + 1..].copy_from_slice(&self.0);
+        out
+    }
+
+    /// The marker by which an agent also says that it takes a question before HTTP/2.
+    pub fn answer(self) -> [u8; MARKER_LEN] {
+        let mut out = self.marker();
+        out[MARKER_RUN] = MARKER_END_ASK;
         out
     }
 }
@@ -102,7 +112,7 @@ impl Encoder {
 enum State {
     Lost { run: u8 },
     Skip,
-    Nonce { bytes: [u8; 16], len: usize },
+    Nonce { bytes: [u8; 16], len: usize, may_ask: bool },
     Data { run: u8 },
 }
 
@@ -127,6 +137,8 @@ pub struct Step {
     pub produced: usize,
     /// A marker was completed right before the unconsumed input; the data before it is void.
     pub marker: Option<Nonce>,
+    /// Who sent that marker takes a question before HTTP/2.
+    pub may_ask: bool,
 }
 
 impl Decoder {
@@ -168,11 +180,14 @@ impl Decoder {
                     step.consumed += 1;
                     match rest[0] {
                         0xff => {}
-                        MARKER_END => self.state = State::Nonce { bytes: [0; 16], len: 0 },
+                        end @ (MARKER_END | MARKER_END_ASK) => {
+                            let may_ask = end == MARKER_END_ASK;
+                            self.state = State::Nonce { bytes: [0; 16], len: 0, may_ask };
+                        }
                         _ => self.state = State::Lost { run: 0 },
                     }
                 }
-                State::Nonce { bytes, len } => {
+                State::Nonce { bytes, len, may_ask } => {
                     step.consumed += 1;
                     if rest[0] >= 0x80 {
                         self.state = State::Lost { run: u8::from(rest[0] == 0xff) };
@@ -182,6 +197,7 @@ impl Decoder {
                     *len += 1;
                     if *len == bytes.len() {
                         step.marker = Some(Nonce(*bytes));
+                        step.may_ask = *may_ask;
                         self.state = State::Data { run: 0 };
                         break;
                     }

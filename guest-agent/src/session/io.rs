@@ -1,6 +1,6 @@
 //! A session as an asynchronous stream, for either end.
 
-use super::codec::{Decoder, Encode, Encoder, Nonce, Step};
+use super::codec::{Decoder, Encode, Encoder, MARKER_LEN, Nonce, Step};
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
@@ -34,6 +34,8 @@ struct Inner<S> {
     end: usize,
     /// Marker that ended the current connection and has not been accepted yet.
     marker: Option<Nonce>,
+    /// What the last marker said about questions before HTTP/2.
+    may_ask: bool,
     epoch: u64,
 }
 
@@ -48,6 +50,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             start: 0,
             end: 0,
             marker: None,
+            may_ask: false,
             epoch: 0,
         };
         Self { inner: Arc::new(Mutex::new(inner)) }
@@ -58,7 +61,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
     /// # Errors
     /// The stream cannot be written.
     pub async fn announce(&self) -> io::Result<()> {
-        self.send_marker(Nonce::HELLO).await
+        self.send_marker(Nonce::HELLO.marker()).await
     }
 
     /// Guest: waits for a host's marker, answers it and returns the connection; `None` when the
@@ -72,7 +75,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             if nonce == Nonce::HELLO {
                 continue;
             }
-            self.send_marker(nonce).await?;
+            self.send_marker(nonce.answer()).await?;
             // A newer marker that came meanwhile is found by the connection's first read.
             return Ok(Some(self.connection()));
         }
@@ -88,7 +91,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         mut random: impl FnMut() -> io::Result<[u8; 16]>,
     ) -> io::Result<SessionIo<S>> {
         let mut wanted = Nonce::from_random(random()?);
-        self.send_marker(wanted).await?;
+        self.send_marker(wanted.marker()).await?;
         loop {
             match self.next_marker().await? {
                 None => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -97,7 +100,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
                     // A new agent, which may or may not get to see the marker sent above. Only a
                     // marker of another name tells its answer from the old agent's.
                     wanted = Nonce::from_random(random()?);
-                    self.send_marker(wanted).await?;
+                    self.send_marker(wanted.marker()).await?;
                 }
                 Some(_) => {}
             }
@@ -126,8 +129,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         .await
     }
 
-    async fn send_marker(&self, nonce: Nonce) -> io::Result<()> {
-        let marker = nonce.marker();
+    async fn send_marker(&self, marker: [u8; MARKER_LEN]) -> io::Result<()> {
         let mut sent = 0;
         poll_fn(|cx| {
             let mut inner = lock(&self.inner);
@@ -159,11 +161,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Inner<S> {
     }
 
     fn decode(&mut self, out: &mut [u8]) -> usize {
-        let Step { consumed, produced, marker } =
+        let Step { consumed, produced, marker, may_ask } =
             self.decoder.decode(&self.raw[self.start..self.end], out);
         self.start += consumed;
         if marker.is_some() {
             self.marker = marker;
+            self.may_ask = may_ask;
             self.epoch += 1;
         }
         produced
@@ -172,6 +175,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Inner<S> {
     /// Fails once the connection of `epoch` has been ended by a marker or by garbage.
     fn check(&self, epoch: u64) -> io::Result<()> {
         if self.epoch == epoch { Ok(()) } else { Err(io::ErrorKind::ConnectionReset.into()) }
+    }
+}
+
+impl<S> SessionIo<S> {
+    /// Whether the other end takes a question before HTTP/2.
+    pub fn may_ask(&self) -> bool {
+        lock(&self.inner).may_ask
     }
 }
 

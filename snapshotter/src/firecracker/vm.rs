@@ -225,7 +225,6 @@ impl Vm for FirecrackerVm {
     }
 
     async fn connect_agent(&self, deadline: Duration) -> Result<AgentClient, AgentError> {
-        let until = Instant::now() + deadline;
         let socket = self.spawned.home.path(home::VSOCK);
         let dialled = vsock::dial(&socket, VSOCK_PORT, deadline).await;
         let stream = dialled.map_err(|e| match e {
@@ -234,7 +233,7 @@ impl Vm for FirecrackerVm {
             }
             vsock::DialError::NotFirecracker { .. } => AgentError::Protocol(e.to_string()),
         })?;
-        AgentClient::connect_stream(stream, until.saturating_duration_since(Instant::now())).await
+        Ok(AgentClient::on_stream(stream))
     }
 
     fn set_priority(&self, priority: Priority) {

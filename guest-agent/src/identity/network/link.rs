@@ -1,6 +1,7 @@
 //! The link itself, by ioctl. Netlink would tell and take the same, with every counter and setting
 //! of the link in each answer; a restore runs this code for the first time, and pays for its length.
 
+use super::DEFAULT_INTERFACE;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use std::fs::File;
 use std::io;
@@ -23,6 +24,15 @@ pub struct Link {
     pub up: bool,
     /// Hardware address.
     pub mac: [u8; 6],
+}
+
+/// A link, and whether there was no address but the loopback's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    /// The link.
+    pub link: Link,
+    /// Without addresses.
+    pub bare: bool,
 }
 
 /// A socket to ask about links.
@@ -68,6 +78,15 @@ impl Links {
         // SAFETY: SIOCGIFINDEX has filled in this member.
         let index = unsafe { request.ifr_ifru.ifru_ifindex };
         Ok(Link { index: index as u32, up: flags & libc::IFF_UP != 0, mac })
+    }
+
+    /// The usual link and whether it has addresses.
+    ///
+    /// # Errors
+    /// There is none: `ENODEV`.
+    pub fn look(&self) -> io::Result<Seen> {
+        let link = self.get(DEFAULT_INTERFACE)?;
+        Ok(Seen { link, bare: self.without_addresses(link.index)? })
     }
 
     /// Gives the link another hardware address, without taking it down.

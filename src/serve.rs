@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest, Sha256};
+use snapshotter::priority;
 use snapshotter::vmm::MachineSize;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -41,7 +42,12 @@ pub fn run(options: ServeOptions) -> anyhow::Result<()> {
     log::init();
     guest_agent::client::name_requests(log::request_id);
     failpoint::arm()?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    // Asked by a thread that is not preferred yet.
+    priority::own_nice();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .on_thread_start(priority::prefer_this_thread)
+        .build()?;
     runtime.block_on(async {
         let unix = options.unix_socket.as_deref();
         let listeners = Listeners::bind(&options.listen, unix, options.tls.clone()).await?;

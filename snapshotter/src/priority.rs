@@ -1,32 +1,92 @@
-//! Scheduling of VMM processes.
+//! Scheduling of the service and of VMM processes.
 //!
 //! A refill must not cost a claim anything. A nice value is not enough for that: the kernel's EEVDF
 //! scheduler lets a running thread finish its slice (up to 3 ms) whatever its nice value, at every
-//! wake-up of a claim. A `SCHED_IDLE` thread is preempted at once.
+//! wake-up of a claim. A `SCHED_IDLE` thread is preempted at once; and one that asks for short slices
+//! preempts those that do not, which is how the service gets past the VMs it serves.
 #![allow(unsafe_code)]
 
 use std::convert::Infallible;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use rustix::process::{Pid, setpriority_process};
 
 use crate::vmm::Priority;
 
+/// How much more the service's threads count than a VM's (in nice values), and a dying VM's less.
+const PREFERRED: i32 = -5;
+const DYING: i32 = 10;
+/// The slice of a thread that waits for nobody, or that nobody waits for; the least the kernel takes.
+/// (Linux 6.12 and later; older ones ignore it.)
+const SHORT_SLICE_NANOS: u64 = 100_000;
+/// `SCHED_FLAG_RESET_ON_FORK`: what the thread starts is ordinary again.
+const RESET_ON_FORK: u64 = 1;
+
+/// The kernel's `struct sched_attr` (sched_setattr(2)), first version.
+#[repr(C)]
+struct SchedAttr {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime: u64,
+    deadline: u64,
+    period: u64,
+}
+
+/// The nice value the service was started with: what is normal for a VM. To be asked first by a
+/// thread that still has it.
+pub fn own_nice() -> i32 {
+    static OWN: OnceLock<i32> = OnceLock::new();
+    *OWN.get_or_init(|| rustix::process::getpriority_process(None).unwrap_or(0))
+}
+
+/// Has the calling thread, one of the service's, go before VMs. Processes that it starts are ordinary.
+/// Without the right to it, claims are slower on a busy host.
+pub fn prefer_this_thread() {
+    set_attributes(0, own_nice() + PREFERRED, RESET_ON_FORK);
+}
+
+/// Has a VMM that is about to be killed give its memory back when nobody else wants the CPU: that
+/// takes milliseconds, and nobody waits for it.
+pub fn dying(pid: i32) {
+    for tid in threads(pid) {
+        set_attributes(tid.as_raw_nonzero().get(), own_nice() + DYING, 0);
+    }
+}
+
+fn set_attributes(tid: i32, nice: i32, flags: u64) {
+    let attributes = SchedAttr {
+        size: size_of::<SchedAttr>() as u32,
+        policy: libc::SCHED_OTHER as u32,
+        flags,
+        nice: nice.clamp(-20, 19),
+        priority: 0,
+        runtime: SHORT_SLICE_NANOS,
+        deadline: 0,
+        period: 0,
+    };
+    // SAFETY: the call reads one struct of the size that it names, and changes no memory.
+    unsafe { libc::syscall(libc::SYS_sched_setattr, tid, &raw const attributes, 0) };
+}
+
+fn threads(pid: i32) -> impl Iterator<Item = Pid> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    tasks.filter_map(|task| task.file_name().to_str()?.parse().ok().and_then(Pid::from_raw))
+}
+
 /// Sets the scheduling of every thread of `pid`. Threads it starts later inherit it.
 pub fn set(pid: i32, priority: Priority) {
-    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return };
     // A thread that ended meanwhile needs no priority, and without the right to raise one the VM
     // runs on slowly, which is better than not at all: failures are ignored.
-    for task in tasks.flatten() {
-        let tid = task.file_name().to_str().and_then(|t| t.parse().ok()).and_then(Pid::from_raw);
-        let Some(tid) = tid else { continue };
+    for tid in threads(pid) {
         match priority {
             Priority::Background => set_policy(tid, libc::SCHED_IDLE),
             Priority::Normal => {
                 set_policy(tid, libc::SCHED_OTHER);
-                // "Normal" is as the service itself.
-                let own = rustix::process::getpriority_process(None).unwrap_or(0);
-                let _ = setpriority_process(Some(tid), own);
+                let _ = setpriority_process(Some(tid), own_nice());
             }
         }
     }

@@ -179,27 +179,19 @@ impl Engine {
                 continue;
             }
             let network = started.elapsed();
-            let mut vm = match parked.unpark().await {
-                Ok(vm) => vm,
-                Err((vm, e)) => {
-                    self.discard(vm, &e).await;
-                    continue;
+            match parked.hand_over(&owner).await {
+                Ok(mut vm) => {
+                    vm.timings.insert("network".to_owned(), millis(network));
+                    break (vm, Origin::Warm);
                 }
-            };
-            failpoint::reached("claim.unparked").await;
-            // A pooled VM's restore is nobody's wait.
-            vm.timings.clear();
-            vm.timings.insert("network".to_owned(), millis(network));
-            vm.timings.insert("resume".to_owned(), millis(started.elapsed() - network));
-            match self.hand_over(vm, &owner).await {
-                Ok(vm) => break (vm, Origin::Warm),
-                Err(e) => tracing::warn!("claim: {e}; taking another VM"),
+                Err((vm, e)) => self.discard(vm, &e).await,
             }
         };
-        drop(under_way);
         failpoint::reached("claim.handed_over").await;
         let token = owner.access_token;
         let created = self.register(vm, origin, template, request, token, started).await?;
+        // Not earlier: the next VM's start would take the CPU from the end of this claim.
+        drop(under_way);
         let labels = [("template", template.name.clone()), ("origin", origin.as_str().to_owned())];
         let elapsed = started.elapsed();
         metrics::histogram!("rethaw_sandbox_acquire_duration_seconds", &labels)
@@ -231,27 +223,6 @@ impl Engine {
 
     fn take_parked(&self, template: &ReadyTemplate) -> Option<Parked> {
         self.pool_of(template).and_then(|pool| pool.take())
-    }
-
-    /// Gives the VM its token, environment and clock; a VM that does not take them is destroyed.
-    async fn hand_over(
-        &self,
-        mut vm: Reidentified,
-        owner: &Owner,
-    ) -> Result<Reidentified, RestoreError> {
-        let since = Instant::now();
-        match vm.hand_over(owner).await {
-            Ok(report) => {
-                vm.timings.insert("claim".to_owned(), millis(since.elapsed()));
-                let guest = report.total_micros as f64 / 1e3;
-                vm.timings.insert("claim_guest".to_owned(), guest);
-                Ok(vm)
-            }
-            Err(e) => {
-                self.discard(vm, &e).await;
-                Err(e)
-            }
-        }
     }
 
     async fn discard(&self, vm: Reidentified, why: &RestoreError) {

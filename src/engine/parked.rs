@@ -1,7 +1,7 @@
 //! Parked VMs: identity proven, warmed, paused, nobody's yet.
 //!
 //! ```text
-//! Reidentified --rehearse, pause--> Parked --unpark--> Reidentified --hand over--> a sandbox
+//! Reidentified --rehearse, pause--> Parked --hand over--> Reidentified, somebody's
 //! ```
 
 use std::time::{Duration, Instant};
@@ -14,8 +14,10 @@ use snapshotter::vmm::Priority;
 use super::context::RestoreContext;
 use super::identity::Owner;
 use super::ids;
-use super::lifecycle::{Reidentified, RestoreError, Spawned};
+use super::lifecycle::{Reidentified, RestoreError, Spawned, millis};
 use super::template::ReadyTemplate;
+use super::token::AccessToken;
+use crate::failpoint;
 use crate::net::policy::Policy;
 
 /// How long the hand-over of a parked VM may take before it is thrown away for another one.
@@ -101,7 +103,7 @@ impl Reidentified {
     async fn rehearse_claim(&self) -> Result<(), RestoreError> {
         let request = ClaimRequest {
             wall_clock_unix_nanos: ids::wall_clock_unix_nanos(),
-            access_token: Some(ids::new_uuid()),
+            access_token: Some(AccessToken::of_nobody()),
             ..ClaimRequest::default()
         };
         let done = self.machine.agent.claim(&request, CLAIM_DEADLINE).await;
@@ -129,8 +131,8 @@ impl Reidentified {
             .map_err(|source| self.agent_error("rehearsal of a command", source))
     }
 
-    /// Hands the running VM over: clock, token and environment in one round trip.
-    pub async fn hand_over(&self, owner: &Owner) -> Result<ClaimReport, RestoreError> {
+    /// Hands the VM over: clock, token and environment in one round trip.
+    async fn hand_over(&self, owner: &Owner) -> Result<ClaimReport, RestoreError> {
         let request = ClaimRequest {
             wall_clock_unix_nanos: ids::wall_clock_unix_nanos(),
             access_token: Some(owner.access_token.secret.clone()),
@@ -154,12 +156,32 @@ impl Reidentified {
 }
 
 impl Parked {
-    /// Lets the vCPUs run again, now for somebody who waits.
-    pub async fn unpark(self) -> Result<Reidentified, (Reidentified, RestoreError)> {
-        self.inner.machine.vm.set_priority(Priority::Normal);
-        match self.inner.machine.vm.resume().await {
-            Ok(()) => Ok(self.inner),
-            Err(e) => Err((self.inner, e.into())),
+    /// Lets the vCPUs run again, now for somebody who waits, and hands the VM over. The hand-over is
+    /// sent before they run: it then waits in the VM's port for no more than that.
+    pub async fn hand_over(
+        self,
+        owner: &Owner,
+    ) -> Result<Reidentified, (Reidentified, RestoreError)> {
+        let Self { inner: mut vm } = self;
+        vm.machine.vm.set_priority(Priority::Normal);
+        let since = Instant::now();
+        let resumed = async {
+            vm.machine.vm.resume().await?;
+            let took = since.elapsed();
+            failpoint::reached("claim.unparked").await;
+            Ok(took)
+        };
+        match tokio::try_join!(resumed, vm.hand_over(owner)) {
+            Ok((resumed, report)) => {
+                // A pooled VM's restore is nobody's wait.
+                vm.timings.clear();
+                vm.timings.insert("resume".to_owned(), millis(resumed));
+                vm.timings.insert("claim".to_owned(), millis(since.elapsed()));
+                let guest = report.total_micros as f64 / 1e3;
+                vm.timings.insert("claim_guest".to_owned(), guest);
+                Ok(vm)
+            }
+            Err(e) => Err((vm, e)),
         }
     }
 }

@@ -10,13 +10,15 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, watch};
 use tokio::task::{AbortHandle, JoinSet};
+use tracing::Instrument;
 
 use super::context::RestoreContext;
+use super::ids;
 use super::lifecycle::Spawned;
 use super::parked::{self, Parked, WarmUp};
 use super::spare::Spare;
 use super::template::ReadyTemplate;
-use crate::live;
+use crate::{live, log};
 
 /// Longest pause between two attempts after a restore failed.
 const MAX_BACKOFF: Duration = Duration::from_secs(10);
@@ -220,7 +222,10 @@ impl Pool {
         let _ = claims.wait_for(|under_way| *under_way == 0).await;
         let started = Instant::now();
         let warm_up = if self.is_busy() { WarmUp::Claim } else { WarmUp::ClaimAndCommand };
-        match parked::restore(&self.context, &self.template, warm_up).await {
+        // Named like a request, in all logs; and so the agent is asked just as it will be.
+        let span =
+            tracing::info_span!(log::REQUEST, id = %ids::new_id(), refill = %self.template.name);
+        match parked::restore(&self.context, &self.template, warm_up).instrument(span).await {
             Ok(parked) => {
                 self.put(parked);
                 let name = self.template.name.clone();

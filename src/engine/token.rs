@@ -15,6 +15,9 @@ use sha2::{Digest, Sha256};
 /// File of the key, in the data directory.
 pub const FILE: &str = "token-key";
 
+/// What every token starts with.
+const PREFIX: &str = "sbx_";
+
 /// The key of all tokens.
 #[derive(Clone)]
 pub struct TokenKey([u8; 32]);
@@ -41,6 +44,13 @@ impl std::fmt::Debug for AccessToken {
 }
 
 impl AccessToken {
+    /// A secret that opens nothing, of the usual length.
+    pub fn of_nobody() -> String {
+        let mut bytes = [0_u8; 32];
+        rand::rng().fill_bytes(&mut bytes);
+        format!("{PREFIX}{}", hex::encode(bytes))
+    }
+
     /// Its digest, as it is stored.
     pub fn sha256(&self) -> String {
         hex::encode(Sha256::digest(self.secret.as_bytes()))
@@ -93,7 +103,7 @@ impl TokenKey {
         let mut block = [0_u8; 64];
         block[..self.0.len()].copy_from_slice(&self.0);
         let digest = Hmac::<Sha256>::new((&block).into()).chain_update(nonce).finalize();
-        format!("sbx_{}", hex::encode(digest.into_bytes()))
+        format!("{PREFIX}{}", hex::encode(digest.into_bytes()))
     }
 }
 

@@ -130,7 +130,12 @@ impl Qmp {
             waiting.by_id.insert(id, tx);
             id
         };
-        let mut line = json!({"execute": name, "arguments": arguments, "id": id}).to_string();
+        // As short as can be: QEMU reads its control socket byte by byte, with a handful of system
+        // calls for each.
+        let mut line = match arguments.as_object() {
+            Some(none) if none.is_empty() => json!({"execute": name, "id": id}).to_string(),
+            _ => json!({"execute": name, "arguments": arguments, "id": id}).to_string(),
+        };
         line.push('\n');
         self.writer.lock().await.write_all(line.as_bytes()).await?;
         Ok(rx)

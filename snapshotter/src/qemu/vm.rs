@@ -198,6 +198,7 @@ impl Vm for QemuVm {
     }
 
     async fn kill(&self) {
+        priority::dying(self.record.process.pid);
         if self.process.kill(KILL_DEADLINE).await.is_none() {
             tracing::error!(vm = %self.record.id, pid = self.record.process.pid,
                 "killed VMM process is still there after {KILL_DEADLINE:?}");

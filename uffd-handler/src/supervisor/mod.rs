@@ -398,6 +398,10 @@ impl Supervisor {
         {
             tracing::warn!(%error, "removing the page server's socket");
         }
+        // Only when it is empty: what is left of a VM is for the next service.
+        if let Some(dir) = &self.shared.config.state_dir {
+            let _ = std::fs::remove_dir(dir);
+        }
     }
 }
 

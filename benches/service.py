@@ -3,7 +3,9 @@
 import http.client
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -88,6 +90,7 @@ class Client:
     """One kept connection. Times are from sending a request to having read the reply."""
 
     def __init__(self, address, key):
+        self.address, self.socket = address, None
         self.connection = http.client.HTTPConnection(address, timeout=120)
         self.headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
 
@@ -111,7 +114,33 @@ class Client:
             raise CallFailed(f"{method} {path}", reply.status, text.decode(errors="replace"))
 
     def create(self, template="base", **more):
-        return self.call("POST", "/v1/sandboxes", {"template": template, **more})
+        """As `call`, without the HTTP library, which takes longer than a claim's network: a prepared
+        request on an open connection, until the last byte of the reply."""
+        data = json.dumps({"template": template, **more}).encode()
+        head = f"POST /v1/sandboxes HTTP/1.1\r\nHost: {self.address}\r\n" + "".join(
+            f"{name}: {value}\r\n" for name, value in self.headers.items())
+        request = f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
+        if self.socket is None:
+            host, port = self.address.rsplit(":", 1)
+            self.socket = socket.create_connection((host, int(port)), 120)
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        started = time.perf_counter()
+        self.socket.sendall(request)
+        reply = b""
+        while True:
+            piece = self.socket.recv(1 << 16)
+            if not piece:
+                raise SystemExit(f"POST /v1/sandboxes: the connection broke after {reply!r}")
+            reply += piece
+            end = reply.find(b"\r\n\r\n")
+            length = end >= 0 and re.search(rb"(?i)\r\ncontent-length: (\d+)", reply[:end])
+            if length and len(reply) >= end + 4 + int(length[1]):
+                break
+        took = (time.perf_counter() - started) * 1e3
+        status, text = int(reply[9:12]), reply[end + 4:].decode(errors="replace")
+        if status >= 400:
+            raise CallFailed("POST /v1/sandboxes", status, text)
+        return json.loads(text), took
 
     def delete(self, sandbox):
         return self.call("DELETE", f"/v1/sandboxes/{sandbox['id']}")[1]

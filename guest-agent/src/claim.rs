@@ -8,12 +8,15 @@ use crate::wire::{AgentState, ClaimReport, ClaimRequest, ClockRequest, ResumeReq
 use crate::{entropy, identity, token};
 use std::collections::BTreeMap;
 
-/// `POST /claim`.
+/// `POST /claim`. `received` is when the request began to arrive.
 ///
 /// # Errors
 /// The clock cannot be set or the token not be kept.
-pub fn claim(agent: &Agent, request: ClaimRequest) -> Result<ClaimReport, ApiError> {
-    let received = Instant::now()?;
+pub fn claim(
+    agent: &Agent,
+    request: ClaimRequest,
+    received: Instant,
+) -> Result<ClaimReport, ApiError> {
     let report = set(agent, request.wall_clock_unix_nanos, received)?;
     take(agent, request.access_token.as_deref(), request.env)?;
     Ok(ClaimReport { total_micros: received.micros(), ..report })

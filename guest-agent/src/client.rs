@@ -135,7 +135,7 @@ impl AgentClient {
         request: &wire::ClaimRequest,
         deadline: Duration,
     ) -> Result<wire::ClaimReport, AgentError> {
-        self.call(Method::POST, "/claim", Some(request), deadline).await
+        self.ask(Kind::Claim, request, deadline).await
     }
 
     /// Sets the guest's clock.
@@ -182,6 +182,27 @@ impl AgentClient {
         }
         let mut sender = self.link.http().await?;
         sender.send_request(request).await.map_err(|e| AgentError::from_hyper(&e))
+    }
+
+    /// Goes over to HTTP/2 in a moment, and not with the first call that needs it.
+    pub fn start_http_after(&self, moment: Duration) {
+        let link = Arc::clone(&self.link);
+        tokio::spawn(async move {
+            tokio::time::sleep(moment).await;
+            // Where it fails, the first call will, too.
+            drop(link.http().await);
+        });
+    }
+
+    /// Ends the connection, for this client and all its clones.
+    pub async fn hang_up(&self) {
+        self.link.hang_up().await;
+    }
+
+    /// Whether this connection is on HTTP/2 now and another one would not have to be: see
+    /// [`crate::question`].
+    pub fn could_ask_anew(&self) -> bool {
+        self.link.could_ask_anew()
     }
 
     /// Resolves when the connection is gone; at once if it is already. An identity or a resume that is

@@ -1,10 +1,10 @@
-//! One question before HTTP/2: how an identity or a resume is asked for on a fresh session.
+//! Questions before HTTP/2: how an identity, a claim or a resume is asked for on a fresh session.
 //!
-//! Both must be answered before anybody may use the machine, and an emulated clone runs all code for
-//! the first time: an HTTP/2 handshake, header tables and flow control are a third of what it would
-//! execute. So the host may ask either in this form first, and goes on with HTTP/2 on the same
-//! connection. Whether an agent knows the form is told by the marker that it answers a session with
-//! (see [`crate::session`]); the endpoints `POST /identity` and `POST /resume` do the same.
+//! They are what somebody waits for who wants a machine, and an emulated clone runs all code for the
+//! first time: an HTTP/2 handshake, header tables and flow control are a third of what it would
+//! execute. So the host may ask in this form first, and goes over to HTTP/2 on the same connection.
+//! Whether an agent knows the form is told by the marker that it answers a session with (see
+//! [`crate::session`]); the endpoints of the same names do the same.
 //!
 //! ```text
 //! question: "RT1" kind(1) | length of the name (u16) | length of the body (u32) | name | body
@@ -31,16 +31,19 @@ const MAX_NAME: usize = 256;
 pub enum Kind {
     /// `POST /identity`.
     Identity,
+    /// `POST /claim`.
+    Claim,
     /// `POST /resume`.
     Resume,
 }
 
 impl Kind {
-    const ALL: [Self; 2] = [Self::Identity, Self::Resume];
+    const ALL: [Self; 3] = [Self::Identity, Self::Claim, Self::Resume];
 
     fn letter(self) -> u8 {
         match self {
             Self::Identity => b'I',
+            Self::Claim => b'C',
             Self::Resume => b'R',
         }
     }
@@ -49,6 +52,7 @@ impl Kind {
     pub fn path(self) -> &'static str {
         match self {
             Self::Identity => "/identity",
+            Self::Claim => "/claim",
             Self::Resume => "/resume",
         }
     }

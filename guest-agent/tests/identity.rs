@@ -83,7 +83,13 @@ impl Machine {
     fn systemd(&self, name: &str) -> Child {
         let program = self.path("usr/lib/systemd").join(name);
         fs::copy("/bin/sleep", &program).unwrap();
-        Command::new(program).arg("60").spawn().unwrap()
+        // Another thread that starts a process holds what was just written open for a moment.
+        loop {
+            match Command::new(&program).arg("60").spawn() {
+                Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {}
+                child => return child.unwrap(),
+            }
+        }
     }
 
     /// The same in the journal daemon's group.

@@ -2,8 +2,8 @@
 //!
 //! A refill must not cost a claim anything. A nice value is not enough for that: the kernel's EEVDF
 //! scheduler lets a running thread finish its slice (up to 3 ms) whatever its nice value, at every
-//! wake-up of a claim. A `SCHED_IDLE` thread is preempted at once; and one that asks for short slices
-//! preempts those that do not, which is how the service gets past the VMs it serves.
+//! wake-up of a claim. A `SCHED_IDLE` thread is preempted at once; and one that asks for slices shorter
+//! than the usual preempts those that do not, which is how the service gets past the VMs it serves.
 #![allow(unsafe_code)]
 
 use std::convert::Infallible;
@@ -15,11 +15,13 @@ use rustix::process::{Pid, setpriority_process};
 use crate::vmm::Priority;
 
 /// How much more the service's threads count than a VM's (in nice values), and a dying VM's less.
-const PREFERRED: i32 = -5;
+const PREFERRED: i32 = -10;
 const DYING: i32 = 10;
-/// The slice of a thread that waits for nobody, or that nobody waits for; the least the kernel takes.
-/// (Linux 6.12 and later; older ones ignore it.)
-const SHORT_SLICE_NANOS: u64 = 100_000;
+/// The slice of the service's threads: shorter than usual, and long enough that they are not preempted
+/// in the middle of a request themselves. (Linux 6.12 and later; older ones ignore slices.)
+const SLICE_NANOS: u64 = 1_000_000;
+/// The slice of a process nobody waits for: the least the kernel takes.
+const DYING_SLICE_NANOS: u64 = 100_000;
 /// `SCHED_FLAG_RESET_ON_FORK`: what the thread starts is ordinary again.
 const RESET_ON_FORK: u64 = 1;
 
@@ -46,25 +48,25 @@ pub fn own_nice() -> i32 {
 /// Has the calling thread, one of the service's, go before VMs. Processes that it starts are ordinary.
 /// Without the right to it, claims are slower on a busy host.
 pub fn prefer_this_thread() {
-    set_attributes(0, own_nice() + PREFERRED, RESET_ON_FORK);
+    set_attributes(0, own_nice() + PREFERRED, SLICE_NANOS, RESET_ON_FORK);
 }
 
 /// Has a VMM that is about to be killed give its memory back when nobody else wants the CPU: that
 /// takes milliseconds, and nobody waits for it.
 pub fn dying(pid: i32) {
     for tid in threads(pid) {
-        set_attributes(tid.as_raw_nonzero().get(), own_nice() + DYING, 0);
+        set_attributes(tid.as_raw_nonzero().get(), own_nice() + DYING, DYING_SLICE_NANOS, 0);
     }
 }
 
-fn set_attributes(tid: i32, nice: i32, flags: u64) {
+fn set_attributes(tid: i32, nice: i32, slice_nanos: u64, flags: u64) {
     let attributes = SchedAttr {
         size: size_of::<SchedAttr>() as u32,
         policy: libc::SCHED_OTHER as u32,
         flags,
         nice: nice.clamp(-20, 19),
         priority: 0,
-        runtime: SHORT_SLICE_NANOS,
+        runtime: slice_nanos,
         deadline: 0,
         period: 0,
     };

@@ -23,6 +23,8 @@ use crate::failpoint;
 use crate::live::{self, Series};
 use crate::net::policy::Policy;
 
+/// By then a caller has the answer that it has a sandbox.
+pub(super) const TOLD: Duration = Duration::from_millis(3);
 /// Parked VMs tried before one is restored on the spot.
 const PARKED_TRIES: u32 = 3;
 
@@ -276,7 +278,15 @@ impl Engine {
             return Err(e.into());
         }
         failpoint::reached("claim.noted").await;
-        self.pager.claim(&vm.id);
+        // While the caller reads that it has a sandbox: before it is told, page server and guest would
+        // take the CPU from that.
+        vm.machine.agent.start_http_after(TOLD);
+        let (pager, id) = (Arc::clone(&self.pager), vm.id.clone());
+        let naming = async move {
+            tokio::time::sleep(TOLD).await;
+            pager.claim(&id);
+        };
+        tokio::spawn(naming.in_current_span());
         let process = Arc::clone(&vm.machine.vm);
         let sandbox = Arc::new(Sandbox::running(data, vm.identity, vm.machine));
         self.sandboxes.insert(vm.id.clone(), Arc::clone(&sandbox));

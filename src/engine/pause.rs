@@ -13,6 +13,7 @@ use guest_agent::wire::{Base64, FreezeRequest, ResumeRequest};
 use rand::RngCore;
 use tracing::Instrument;
 
+use super::claim::TOLD;
 use super::db::{DbError, Stage};
 use super::lifecycle::{RestoreError, Spawned, Timings, millis};
 use super::machine::Machine;
@@ -237,6 +238,7 @@ impl Engine {
         match restored {
             Ok(machine) => {
                 let process = Arc::clone(&machine.vm);
+                machine.agent.start_http_after(TOLD);
                 sandbox.set_agent(Some(machine.agent.clone()));
                 *slot = Some(machine);
                 sandbox.end(Event::Revived);

@@ -25,6 +25,10 @@ const MAX_BACKOFF: Duration = Duration::from_secs(10);
 /// A pool from which something was taken within this time has no time for more than the least
 /// warm-up: the next claim may need the VM.
 const BUSY: Duration = Duration::from_secs(5);
+/// How long after the last claim a restore starts: its answer has been read by then.
+const HEADWAY: Duration = Duration::from_millis(3);
+/// How long claims can keep a restore from starting.
+const MOST_HEADWAY: Duration = Duration::from_millis(500);
 /// Restores under way at once for one pool.
 const REFILL_CONCURRENCY: u32 = 2;
 
@@ -217,9 +221,7 @@ impl Pool {
 
     async fn restore_one(self: &Arc<Self>, wait: Duration) -> bool {
         tokio::time::sleep(wait).await;
-        // Claims come first: they are short, and a restore would take the CPU from them.
-        let mut claims = self.claims.clone();
-        let _ = claims.wait_for(|under_way| *under_way == 0).await;
+        let_claims_go_first(&self.claims).await;
         let started = Instant::now();
         let warm_up = if self.is_busy() { WarmUp::Claim } else { WarmUp::ClaimAndCommand };
         // Named like a request, in all logs; and so the agent is asked just as it will be.
@@ -288,4 +290,19 @@ impl Pool {
     fn entries(&self) -> std::sync::MutexGuard<'_, VecDeque<Entry>> {
         self.ready.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
+}
+
+/// Claims come first: they are short, and a restore's start would take the CPU from them. Under
+/// claims without end a restore is what they need.
+pub(super) async fn let_claims_go_first(claims: &watch::Receiver<u32>) {
+    let mut claims = claims.clone();
+    let quiet = async {
+        while claims.wait_for(|under_way| *under_way == 0).await.is_ok() {
+            tokio::time::sleep(HEADWAY).await;
+            if *claims.borrow() == 0 {
+                break;
+            }
+        }
+    };
+    let _ = tokio::time::timeout(MOST_HEADWAY, quiet).await;
 }

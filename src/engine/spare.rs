@@ -11,6 +11,7 @@ use snapshotter::vmm::Priority;
 
 use super::context::RestoreContext;
 use super::lifecycle::Spawned;
+use super::pool::let_claims_go_first;
 use super::template::ReadyTemplate;
 
 /// Pause after a spawn that failed; the claim that needs it makes its own attempt and says why.
@@ -43,12 +44,12 @@ impl Spare {
         &self,
         context: &RestoreContext,
         template: &ReadyTemplate,
-        mut claims: watch::Receiver<u32>,
+        claims: watch::Receiver<u32>,
     ) {
         while !self.closed.load(Ordering::Relaxed) {
             let empty = self.lock().is_none();
             if empty {
-                let _ = claims.wait_for(|under_way| *under_way == 0).await;
+                let_claims_go_first(&claims).await;
                 match Spawned::spawn(context, template, Priority::Background).await {
                     Ok(spawned) => *self.lock() = Some(spawned),
                     Err(e) => {

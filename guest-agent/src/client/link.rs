@@ -1,12 +1,14 @@
-//! The connection under a client: a bare stream at first, on which one question may be asked, and
-//! HTTP/2 from the first call on.
+//! The connection under a client: a bare stream at first, on which questions may be asked, and HTTP/2
+//! from the first call on.
 
 use super::{AgentError, RequestBody};
 use crate::question::{self, Kind};
 use hyper::client::conn::http2::SendRequest;
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use std::sync::OnceLock;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Mutex, OnceCell, watch};
+use tokio::task::AbortHandle;
 
 /// HTTP/2 receive windows of the host: a command's output is not held up by round trips.
 const STREAM_WINDOW: u32 = 1 << 20;
@@ -21,9 +23,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
 pub struct Link {
     /// The stream, until HTTP/2 is spoken on it.
     bare: Mutex<Option<Box<dyn Stream>>>,
-    /// Whether the agent takes a question on it.
+    /// Whether the agent takes questions on it.
     may_ask: bool,
     http: OnceCell<SendRequest<RequestBody>>,
+    /// The task that speaks HTTP/2 on it.
+    driver: OnceLock<AbortHandle>,
     gone: watch::Sender<bool>,
 }
 
@@ -56,7 +60,17 @@ impl Link {
     /// A connection that has just been made.
     pub fn new(stream: Box<dyn Stream>, may_ask: bool) -> Self {
         let gone = watch::Sender::new(false);
-        Self { bare: Mutex::new(Some(stream)), may_ask, http: OnceCell::new(), gone }
+        let (http, driver) = (OnceCell::new(), OnceLock::new());
+        Self { bare: Mutex::new(Some(stream)), may_ask, http, driver, gone }
+    }
+
+    /// Ends the connection; requests on it fail.
+    pub async fn hang_up(&self) {
+        drop(self.bare.lock().await.take());
+        if let Some(driver) = self.driver.get() {
+            driver.abort();
+        }
+        self.gone.send_replace(true);
     }
 
     /// Tells when the connection is gone.
@@ -69,7 +83,12 @@ impl Link {
         *self.gone.borrow() || self.http.get().is_some_and(SendRequest::is_closed)
     }
 
-    /// Asks before HTTP/2, then goes over to that. `None`: it is too late for it, or the agent does not
+    /// Whether a new connection could be asked on, and this one cannot any more.
+    pub fn could_ask_anew(&self) -> bool {
+        self.may_ask && self.http.initialized()
+    }
+
+    /// Asks before HTTP/2. `None`: it is too late for it, or the agent does not
     /// know the form; the endpoint of the same name does the same.
     ///
     /// # Errors
@@ -91,9 +110,6 @@ impl Link {
         let answer =
             answer.map_err(|e| AgentError::Disconnected(format!("{}: {e}", kind.path())))?;
         *bare = taken.stream.take();
-        drop(bare);
-        // From here on somebody notices when the connection breaks.
-        self.http().await?;
         Ok(Some(answer))
     }
 
@@ -104,7 +120,10 @@ impl Link {
     pub async fn http(&self) -> Result<SendRequest<RequestBody>, AgentError> {
         let sender = self.http.get_or_try_init(|| async {
             let stream = self.bare.lock().await.take().ok_or_else(lost)?;
-            start(stream, self.gone.clone()).await
+            let (sender, driver) = start(stream, self.gone.clone()).await?;
+            // Set once, as this runs to here only once.
+            let _ = self.driver.set(driver);
+            Ok(sender)
         });
         sender.await.cloned()
     }
@@ -113,17 +132,17 @@ impl Link {
 async fn start(
     stream: Box<dyn Stream>,
     gone: watch::Sender<bool>,
-) -> Result<SendRequest<RequestBody>, AgentError> {
+) -> Result<(SendRequest<RequestBody>, AbortHandle), AgentError> {
     let (sender, connection) = hyper::client::conn::http2::Builder::new(TokioExecutor::new())
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .handshake(TokioIo::new(stream))
         .await
         .map_err(|e| AgentError::from_hyper(&e))?;
-    tokio::spawn(async move {
+    let driver = tokio::spawn(async move {
         // How it ended is told to the requests on it.
         let _ = connection.await;
         gone.send_replace(true);
     });
-    Ok(sender)
+    Ok((sender, driver.abort_handle()))
 }

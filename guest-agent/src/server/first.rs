@@ -52,6 +52,10 @@ async fn work(
 ) -> Result<Vec<u8>, ApiError> {
     match kind {
         Kind::Identity => json(&identity::apply(agent, parse(body)?, received).await?),
+        Kind::Claim => {
+            agent.require_live()?;
+            json(&claim::claim(agent, parse(body)?, received)?)
+        }
         Kind::Resume => json(&claim::resume(agent, parse(body)?, received).await?),
     }
 }

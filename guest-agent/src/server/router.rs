@@ -42,7 +42,8 @@ async fn route(agent: &Rc<Agent>, request: Request<Incoming>) -> Answer {
         (&Method::GET, "/health") => json(&agent.health()),
         (&Method::POST, "/claim") => {
             agent.require_live()?;
-            json(&claim::claim(agent, read_json(body).await?)?)
+            let received = Instant::now()?;
+            json(&claim::claim(agent, read_json(body).await?, received)?)
         }
         (&Method::POST, "/identity") => {
             let received = Instant::now()?;

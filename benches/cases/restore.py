@@ -1,6 +1,7 @@
 """Restores without a pool, and what they grow with."""
 
 import statistics
+import time
 
 from cases.claim import phases_of
 from registry import bench
@@ -9,8 +10,8 @@ from report import percentile
 PHASES = ("disk", "spawn", "load", "resume", "agent", "identity", "claim")
 
 
-def restores(client, count, template="base"):
-    """Sandboxes from an empty pool, one after the other; times and the sandboxes."""
+def restores(client, count, template="base", pause=0.0):
+    """Sandboxes from an empty pool, one after the other, `pause` seconds apart; times and sandboxes."""
     times, sandboxes = [], []
     for _ in range(count):
         sandbox, took = client.create(template)
@@ -19,15 +20,19 @@ def restores(client, count, template="base"):
         times.append(took)
         sandboxes.append(sandbox)
         client.delete(sandbox)
+        time.sleep(pause)
     return times, sandboxes
 
 
 @bench("restore")
 def restore(run):
-    """POST /v1/sandboxes with an empty pool, to identity proven and claimed"""
+    """POST /v1/sandboxes with an empty pool, to identity proven and claimed, 0.3 s apart"""
     client = run.service.client()
     client.pool(0)
-    times, sandboxes = restores(client, max(50, int(run.seconds)))
+    hurried, others = restores(client, max(50, int(run.seconds)))
+    run.report.samples("restore-back-to-back", "the same without a pause: no VMM is started ahead",
+                       hurried, phases_of(others, PHASES))
+    times, sandboxes = restores(client, max(50, int(run.seconds)), pause=0.3)
     guest = [s["timings_ms"]["identity_guest"] for s in sandboxes]
     run.report.samples("restore", restore.__doc__, times, phases_of(sandboxes, PHASES))
     items = {}

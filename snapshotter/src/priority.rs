@@ -11,6 +11,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use rustix::process::{Pid, setpriority_process};
+use uffd_handler::sched;
 
 use crate::vmm::Priority;
 
@@ -22,22 +23,6 @@ const DYING: i32 = 10;
 const SLICE_NANOS: u64 = 1_000_000;
 /// The slice of a process nobody waits for: the least the kernel takes.
 const DYING_SLICE_NANOS: u64 = 100_000;
-/// `SCHED_FLAG_RESET_ON_FORK`: what the thread starts is ordinary again.
-const RESET_ON_FORK: u64 = 1;
-
-/// The kernel's `struct sched_attr` (sched_setattr(2)), first version.
-#[repr(C)]
-struct SchedAttr {
-    size: u32,
-    policy: u32,
-    flags: u64,
-    nice: i32,
-    priority: u32,
-    runtime: u64,
-    deadline: u64,
-    period: u64,
-}
-
 /// The nice value the service was started with: what is normal for a VM. To be asked first by a
 /// thread that still has it.
 pub fn own_nice() -> i32 {
@@ -48,30 +33,15 @@ pub fn own_nice() -> i32 {
 /// Has the calling thread, one of the service's, go before VMs. Processes that it starts are ordinary.
 /// Without the right to it, claims are slower on a busy host.
 pub fn prefer_this_thread() {
-    set_attributes(0, own_nice() + PREFERRED, SLICE_NANOS, RESET_ON_FORK);
+    sched::set(0, own_nice() + PREFERRED, SLICE_NANOS, sched::RESET_ON_FORK);
 }
 
 /// Has a VMM that is about to be killed give its memory back when nobody else wants the CPU: that
 /// takes milliseconds, and nobody waits for it.
 pub fn dying(pid: i32) {
     for tid in threads(pid) {
-        set_attributes(tid.as_raw_nonzero().get(), own_nice() + DYING, DYING_SLICE_NANOS, 0);
+        sched::set(tid.as_raw_nonzero().get(), own_nice() + DYING, DYING_SLICE_NANOS, 0);
     }
-}
-
-fn set_attributes(tid: i32, nice: i32, slice_nanos: u64, flags: u64) {
-    let attributes = SchedAttr {
-        size: size_of::<SchedAttr>() as u32,
-        policy: libc::SCHED_OTHER as u32,
-        flags,
-        nice: nice.clamp(-20, 19),
-        priority: 0,
-        runtime: slice_nanos,
-        deadline: 0,
-        period: 0,
-    };
-    // SAFETY: the call reads one struct of the size that it names, and changes no memory.
-    unsafe { libc::syscall(libc::SYS_sched_setattr, tid, &raw const attributes, 0) };
 }
 
 fn threads(pid: i32) -> impl Iterator<Item = Pid> {

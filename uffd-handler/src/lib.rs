@@ -17,6 +17,7 @@ pub mod pager;
 pub mod pidfd;
 pub mod region;
 pub mod rights;
+pub mod sched;
 pub mod seal;
 pub mod sealed_file;
 pub mod source;

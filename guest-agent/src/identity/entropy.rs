@@ -42,8 +42,7 @@ impl Item for Entropy {
     }
 
     fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
-        let generator =
-            self.generator.as_ref().map_err(|e| io::Error::new(e.kind(), e.to_string()));
+        let generator = self.generator.as_ref().map_err(ready::again);
         let seed = &context.request.entropy.0;
         let reseeded = generator.and_then(|generator| crate::entropy::reseed(generator, seed));
         reseeded.map_err(ItemError::io("reseed"))?;

@@ -157,11 +157,6 @@ fn link_local(mac: [u8; 6]) -> (IpAddr, u8) {
     (Ipv6Addr::from(bytes).into(), 64)
 }
 
-/// An error that was met earlier, once more.
-fn again(error: &io::Error) -> io::Error {
-    io::Error::new(error.kind(), error.to_string())
-}
-
 fn raise(netlink: &mut Netlink, index: u32) -> io::Result<()> {
     let body = ifinfo(index, libc::IFF_UP, libc::IFF_UP);
     netlink.change(Request::new(libc::RTM_NEWLINK, 0).payload(&body))
@@ -252,11 +247,11 @@ impl Network {
     }
 
     fn links(&self) -> io::Result<&Links> {
-        self.links.as_deref().map_err(again)
+        self.links.as_deref().map_err(ready::again)
     }
 
     fn netlink(&self) -> io::Result<RefMut<'_, Netlink>> {
-        self.netlink.as_ref().map(|netlink| netlink.borrow_mut()).map_err(again)
+        self.netlink.as_ref().map(|netlink| netlink.borrow_mut()).map_err(ready::again)
     }
 
     /// The link now, or as it was when the machine was frozen: nothing in it has run since.

@@ -55,6 +55,11 @@ fn netlink(protocol: SockProtocol) -> io::Result<SharedNetlink> {
     Ok(Rc::new(RefCell::new(Netlink::open_small(protocol)?)))
 }
 
+/// An error that was met when something was opened, once more for who uses it.
+pub fn again(error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), error.to_string())
+}
+
 fn read_fault(agent: &Agent) -> String {
     let named = std::fs::read_to_string(agent.path(FAULT_INJECTION)).unwrap_or_default();
     named.trim().to_owned()

@@ -100,7 +100,7 @@ impl Item for Sockets {
         if !self.fresh.take() {
             let list = match &self.netlink {
                 Ok(netlink) => connections(&mut netlink.borrow_mut()),
-                Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
+                Err(error) => Err(ready::again(error)),
             };
             *self.seen.borrow_mut() = list.map_err(ItemError::io("list sockets"))?;
         }

@@ -24,7 +24,7 @@ mod write;
 
 pub use journald::start as start_journald;
 pub use proof::Verified;
-pub use ready::{Ready, prepare as prepare_copy, random};
+pub use ready::{Ready, prepare as prepare_copy, prepare_attachment, random};
 pub use write::rewrite;
 
 use crate::agent::Agent;
@@ -100,8 +100,10 @@ pub async fn apply(
     Ok(IdentityReport { generation: request.generation, items, total_micros: received.micros() })
 }
 
-/// Attaches a machine that keeps its identity to another network: addresses are set, and connections
-/// that were open over the old one closed. The workload is still frozen.
+/// Attaches a machine that keeps its identity to a network: addresses are set, and connections that
+/// were open over the old one closed. Both only where that is not so already: the workload is still
+/// frozen, and nothing has changed since. Addresses may be the same, what the host knew of
+/// connections is gone in any case.
 ///
 /// # Errors
 /// 400 for settings that cannot be, 500 for what could not be set.
@@ -113,9 +115,14 @@ pub async fn attach(
     let request = IdentityRequest::default().on(settings);
     let wanted = network::Wanted::parse(&request).map_err(invalid)?;
     let context = Context { agent, request: &request, host, fault: "" };
+    let frozen = ready::attachment(agent);
     let mut run = Run::default();
-    run.item(&mut network::Network::new(agent, wanted), &context).await;
-    run.item(&mut sockets::Sockets::new(agent), &context).await;
+    if frozen.settings.is_none_or(|settings| settings != wanted.description()) {
+        run.item(&mut network::Network::new(agent, wanted), &context).await;
+    }
+    if frozen.connected {
+        run.item(&mut sockets::Sockets::new(agent), &context).await;
+    }
     let (items, failed) = run.finish();
     match items.into_iter().find_map(|item| item.error.map(|error| (item.item, error))) {
         Some((item, error)) if failed => Err(ApiError::internal(format!("{item}: {error}"))),

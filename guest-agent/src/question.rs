@@ -128,6 +128,7 @@ where
 ///
 /// # Errors
 /// The stream ends or fails, or what comes is no answer.
+#[cfg(any(feature = "client", test))]
 pub async fn ask<S>(io: &mut S, kind: Kind, name: &str, body: &[u8]) -> io::Result<(u16, Vec<u8>)>
 where
     S: AsyncRead + AsyncWrite + Unpin,

@@ -68,6 +68,7 @@ pub fn freeze(agent: &Agent, request: &FreezeRequest) -> Result<SettleReport, Ap
     require_live(agent, "frozen")?;
     agent.workload.freeze().map_err(|e| thawed(agent, e.into()))?;
     crate::identity::prepare_copy(agent);
+    crate::identity::prepare_attachment(agent);
     if request.sync {
         nix::unistd::sync();
     }

@@ -103,7 +103,7 @@ impl Engine {
             Arc::clone(&engine).run_build(&built, 1).await;
             let old = before.and_then(|before| before.ready());
             if let (Some(old), Some(_)) = (old, built.ready()) {
-                engine.drop_layer(&old.snapshot);
+                engine.drop_layer(&old.snapshot).await;
             }
         });
         Ok(template)

@@ -73,7 +73,7 @@ impl Engine {
         }
         drop(pin);
         // Goes when the last clone that stands on it goes; at once if there is none.
-        self.drop_workspace(&snapshot);
+        self.drop_workspace(&snapshot).await;
         failpoint::reached("fork.done").await;
         timings.insert("clones".to_owned(), millis(since.elapsed()));
         timings.insert("total".to_owned(), millis(started.elapsed()));
@@ -134,7 +134,7 @@ impl Engine {
             Ok::<_, TransitionError>(self.publish(draft, manifest).await?)
         };
         if let Err(e) = published.await {
-            self.destroy_key(&id);
+            self.destroy_key(&id).await;
             return Err(e);
         }
         failpoint::reached("fork.published").await;

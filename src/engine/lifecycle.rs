@@ -33,7 +33,7 @@ use super::template::ReadyTemplate;
 use crate::failpoint;
 use crate::live::{self, Series};
 use crate::net::policy::Policy;
-use crate::net::{Lease, NetworkError};
+use crate::net::{Addresses, Lease, NetworkError};
 
 /// How long a restored guest may take to answer for the first time.
 const AGENT_DEADLINE: Duration = Duration::from_secs(10);
@@ -108,6 +108,8 @@ struct Common {
     spawned_ahead: bool,
     // Somebody waits for it: its steps are fail points.
     awaited: bool,
+    // Where it was attached when it was paused.
+    attached: Option<Addresses>,
     // Last, here and in all that holds this: a slot is given back when the process is gone.
     network: Option<Lease>,
 }
@@ -192,6 +194,7 @@ impl Spawned {
             keep_row: false,
             spawned_ahead: false,
             awaited: priority == Priority::Normal,
+            attached: None,
             network: None,
         };
         common.reached("restore.noted").await;
@@ -204,12 +207,14 @@ impl Spawned {
         }
     }
 
-    /// Starts the VMM process of a paused sandbox, which is in the database and has an identity.
+    /// Starts the VMM process of a paused sandbox, which is in the database and has an identity, on
+    /// the network that it was `attached` to where that is free.
     pub async fn respawn(
         context: &RestoreContext,
         source: &ReadyTemplate,
         id: &str,
         identity: Identity,
+        attached: Option<Addresses>,
     ) -> Result<Self, RestoreError> {
         let common = Common {
             id: id.to_owned(),
@@ -219,6 +224,7 @@ impl Spawned {
             keep_row: true,
             spawned_ahead: false,
             awaited: false,
+            attached,
             network: None,
         };
         Self::start(context, source, Priority::Normal, common, Instant::now()).await
@@ -234,19 +240,28 @@ impl Spawned {
         let dir =
             RunDir::create(&context.run, &common.id).map_err(file("cannot make", &context.run))?;
         let disk = Disk::of(template, dir.scratch(), Arc::clone(&context.keys));
-        let vmstate_key = match tokio::task::spawn_blocking(move || disk.make()).await {
+        let disk = async {
+            let made = tokio::task::spawn_blocking(move || disk.make()).await;
+            (made, started.elapsed())
+        };
+        let lease = async {
+            let Some(network) = &context.network else { return Ok(None) };
+            let since = Instant::now();
+            let lease = network.take(&common.identity.mac, common.attached.as_ref()).await?;
+            Ok::<_, RestoreError>(Some((lease, since.elapsed())))
+        };
+        let ((made, disk_time), lease) = tokio::join!(disk, lease);
+        let vmstate_key = match made {
             Ok(made) => made?,
             Err(e) => std::panic::resume_unwind(e.into_panic()),
         };
-        common.time("disk", started);
+        common.timings.insert("disk".to_owned(), millis(disk_time));
         let mut nic = Nic { tap: None, netns: None };
-        if let Some(network) = &context.network {
-            let since = Instant::now();
-            let lease = network.take(&common.identity.mac).await?;
+        if let Some((lease, took)) = lease? {
             let (tap, netns) = lease.nic();
             nic = Nic { tap: Some(tap), netns };
             common.network = Some(lease);
-            common.time("network", since);
+            common.timings.insert("network".to_owned(), millis(took));
         }
         let spec = RestoreSpec {
             id: common.id.clone(),

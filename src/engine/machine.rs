@@ -88,6 +88,10 @@ impl Machine {
     /// Kills the VM, waits until it is gone, and removes its files.
     pub async fn destroy(self) {
         self.vm.kill().await;
+        // Files of a disk go in their own time, which a thread that serves others has not.
+        if let Err(e) = tokio::task::spawn_blocking(|| drop(self)).await {
+            std::panic::resume_unwind(e.into_panic());
+        }
     }
 
     /// Closes the connection to the agent; whoever gets the parts has to kill the VM before the

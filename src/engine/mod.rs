@@ -248,7 +248,7 @@ impl Engine {
         });
         engine.recover().await?;
         engine.load_snapshots().await?;
-        engine.drop_orphans();
+        engine.drop_orphans().await;
         engine.watch_pager();
         if let Some(network) = engine.network() {
             engine.spawn(Arc::clone(network).keep_ready(engine.claims.subscribe()));

@@ -156,7 +156,7 @@ impl Engine {
         });
         if let Err(e) = self.context.db.vm_paused(&data.id, &data).await {
             sandbox.update(|d| *d = before);
-            self.drop_workspace(&manifest.id);
+            self.drop_workspace(&manifest.id).await;
             return Err(e.into());
         }
         Ok(())
@@ -244,11 +244,13 @@ impl Engine {
                 sandbox.end(Event::Revived);
                 drop(slot);
                 self.watch_sandbox(sandbox, process);
-                if data.restored_from != snapshot {
-                    self.drop_workspace(&data.restored_from);
-                }
                 sandbox.touch();
                 self.expiries.set(&data.id, sandbox.ends_at());
+                if data.restored_from != snapshot {
+                    // Nobody need wait for that.
+                    let engine = Arc::clone(self);
+                    self.spawn(async move { engine.drop_workspace(&data.restored_from).await });
+                }
                 metrics::histogram!("rethaw_resume_duration_seconds")
                     .record(started.elapsed().as_secs_f64());
                 Ok(token.secret)
@@ -272,7 +274,9 @@ impl Engine {
         let data = sandbox.data();
         let source: ReadyTemplate = self.resolve_workspace(&data.template, snapshot)?;
         let identity = sandbox.identity().values;
-        let spawned = Spawned::respawn(&self.context, &source, &data.id, identity).await?;
+        let attached = data.addresses.clone();
+        let spawned =
+            Spawned::respawn(&self.context, &source, &data.id, identity, attached).await?;
         if let Err(e) = spawned.set_policy(&data.network).await {
             spawned.discard().await;
             return Err(e.into());

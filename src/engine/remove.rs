@@ -46,7 +46,7 @@ impl Engine {
         // One whose pause failed half-way may be there too, under the same name.
         let key = sandbox.data().key.unwrap_or_else(|| id.clone());
         if self.context.keys.exists(&key) {
-            self.destroy_key(&key);
+            self.destroy_key(&key).await;
         }
         failpoint::reached("delete.key_destroyed").await;
         self.expiries.clear(&id);
@@ -56,7 +56,7 @@ impl Engine {
         failpoint::reached("delete.noted").await;
         let data = sandbox.data();
         for snapshot in data.paused_in.iter().chain([&data.restored_from]) {
-            self.drop_workspace(snapshot);
+            self.drop_workspace(snapshot).await;
         }
         metrics::counter!("rethaw_sandboxes_gone_total", "reason" => reason).increment(1);
         tracing::info!(sandbox = %id, reason, "sandbox gone");

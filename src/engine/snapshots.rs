@@ -69,7 +69,7 @@ impl Engine {
         });
         self.keep_snapshot(&snapshot);
         if let Err(e) = self.context.db.snapshot_put(&snapshot).await {
-            self.forget_snapshot(&id);
+            self.forget_snapshot(&id).await;
             return Err(e.into());
         }
         tracing::info!(sandbox = %snapshot.sandbox, snapshot = %id, "snapshot taken");
@@ -82,10 +82,10 @@ impl Engine {
         self.snapshots.insert(snapshot.id.clone(), Arc::clone(snapshot));
     }
 
-    fn forget_snapshot(&self, id: &str) {
+    async fn forget_snapshot(&self, id: &str) {
         self.snapshots.remove(id);
         release(&self.pinned, id);
-        self.drop_workspace(id);
+        self.drop_workspace(id).await;
     }
 
     /// Finds the snapshots of an earlier service again.
@@ -115,7 +115,7 @@ impl Engine {
     pub async fn delete_snapshot(&self, name: &str) -> Result<bool, DbError> {
         let Some(snapshot) = self.snapshot(name) else { return Ok(false) };
         self.context.db.snapshot_gone(&snapshot.id).await?;
-        self.forget_snapshot(&snapshot.id);
+        self.forget_snapshot(&snapshot.id).await;
         Ok(true)
     }
 

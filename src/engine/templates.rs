@@ -169,18 +169,16 @@ impl Engine {
         crate::failpoint::reached("template.forgotten").await;
         let _ = std::fs::remove_file(template.log.path());
         if let Some(snapshot) = snapshot {
-            self.drop_layer(&snapshot);
+            self.drop_layer(&snapshot).await;
         }
         tracing::info!(template = name, "template gone");
         Ok(())
     }
 
     /// Removes a template's snapshot if nothing stands on it any more.
-    pub(super) fn drop_layer(&self, snapshot: &str) {
-        if !self.needed_snapshots().contains(snapshot)
-            && let Err(e) = self.store.remove(snapshot)
-        {
-            tracing::warn!(snapshot, "cannot remove: {e}");
+    pub(super) async fn drop_layer(&self, snapshot: &str) {
+        if !self.needed_snapshots().contains(snapshot) {
+            self.remove_stored(snapshot).await;
         }
     }
 

@@ -227,8 +227,9 @@ impl Engine {
         Ok(ReadyTemplate::resolve(template, store, &images, here, snapshot)?)
     }
 
-    /// Removes a snapshot that no template and no sandbox needs any more.
-    pub(super) fn drop_workspace(&self, snapshot: &str) {
+    /// Removes a snapshot that no template and no sandbox needs any more. On a busy disk that takes
+    /// as long as half a second.
+    pub(super) async fn drop_workspace(&self, snapshot: &str) {
         let template =
             self.templates().iter().any(|t| t.ready().is_some_and(|r| r.snapshot == snapshot));
         let needed = template
@@ -246,28 +247,37 @@ impl Engine {
         };
         // A fork's: the key goes first, and with it what the files hold.
         if manifest.key.as_deref() == Some(snapshot) {
-            self.destroy_key(snapshot);
+            self.destroy_key(snapshot).await;
         }
-        if let Err(e) = self.store.remove(snapshot) {
+        self.remove_stored(snapshot).await;
+    }
+
+    /// Removes a snapshot's files.
+    pub(super) async fn remove_stored(&self, snapshot: &str) {
+        let (store, id) = (self.store.clone(), snapshot.to_owned());
+        if let Err(e) = blocking(move || store.remove(&id)).await {
             tracing::warn!(snapshot, "cannot remove: {e}");
         }
     }
 
     /// Destroys a key; what it opened is noise from then on.
-    pub(super) fn destroy_key(&self, name: &str) {
-        if let Err(e) = self.context.keys.destroy(name) {
+    pub(super) async fn destroy_key(&self, name: &str) {
+        let (keys, id) = (Arc::clone(&self.context.keys), name.to_owned());
+        if let Err(e) = blocking(move || keys.destroy(&id)).await {
             tracing::error!(key = name, "not destroyed: {e}");
         }
     }
 
     /// Removes the workspaces and the keys that nobody refers to: a service killed between writing
     /// one and noting it leaves just that.
-    pub(super) fn drop_orphans(&self) {
+    pub(super) async fn drop_orphans(&self) {
         let snapshots = match self.store.list() {
             Ok(snapshots) => snapshots,
             Err(e) => return tracing::warn!("cannot list snapshots: {e}"),
         };
-        snapshots.iter().for_each(|id| self.drop_workspace(id));
+        for id in &snapshots {
+            self.drop_workspace(id).await;
+        }
         let sandboxes = self.sandboxes();
         let keys = self.context.keys.ids().unwrap_or_else(|e| {
             tracing::warn!("cannot list keys: {e}");
@@ -276,7 +286,7 @@ impl Engine {
         for key in keys {
             let wanted = sandboxes.iter().any(|s| s.data().key.as_deref() == Some(&key));
             if !wanted && !self.store.dir(&key).exists() {
-                self.destroy_key(&key);
+                self.destroy_key(&key).await;
             }
         }
     }

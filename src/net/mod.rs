@@ -170,41 +170,62 @@ impl Network {
     }
 
     async fn make(self: &Arc<Self>) -> Result<Slot, NetworkError> {
-        let started = Instant::now();
         for _ in 0..TRIES {
             let number = lock(&self.free).pop_front().ok_or(NetworkError::Exhausted)?;
-            let network = Arc::clone(self);
-            let made = blocking(move || Slot::make(&network.host.plan, number, &network.denied));
-            match made.await {
-                Ok(slot) => {
-                    metrics::histogram!("rethaw_net_slot_prepare_duration_seconds")
-                        .record(started.elapsed().as_secs_f64());
-                    return Ok(slot);
-                }
-                Err(e) => {
-                    lock(&self.free).push_back(number);
-                    if e.kind() != io::ErrorKind::AlreadyExists {
-                        return Err(NetworkError::Slot(e));
-                    }
-                }
+            match self.make_number(number).await {
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+                made => return made.map_err(NetworkError::Slot),
             }
         }
         Err(NetworkError::Slot(io::ErrorKind::AlreadyExists.into()))
     }
 
-    /// A slot for the VM with this hardware address; nothing passes yet.
+    /// Makes the slot of a number that was free, and is again where that fails.
+    async fn make_number(self: &Arc<Self>, number: u16) -> io::Result<Slot> {
+        let (started, network) = (Instant::now(), Arc::clone(self));
+        let made = blocking(move || Slot::make(&network.host.plan, number, &network.denied)).await;
+        match &made {
+            Ok(_) => metrics::histogram!("rethaw_net_slot_prepare_duration_seconds")
+                .record(started.elapsed().as_secs_f64()),
+            Err(_) => lock(&self.free).push_back(number),
+        }
+        made
+    }
+
+    /// The slot with these addresses, unless another has them or they are of another plan.
+    async fn same(self: &Arc<Self>, addresses: &Addresses) -> Option<Slot> {
+        let number = addresses.slot;
+        if self.host.plan.addresses(number) != *addresses {
+            return None;
+        }
+        let take = |row: &mut VecDeque<u16>| {
+            let at = row.iter().position(|free| *free == number)?;
+            row.remove(at)
+        };
+        take(&mut lock(&self.free))?;
+        self.make_number(number).await.ok()
+    }
+
+    /// A slot for the VM with this hardware address, where possible one with the addresses it had;
+    /// nothing passes yet.
     ///
     /// # Errors
     /// There is none and none can be made.
-    pub async fn take(self: &Arc<Self>, mac: &str) -> Result<Lease, NetworkError> {
+    pub async fn take(
+        self: &Arc<Self>,
+        mac: &str,
+        before: Option<&Addresses>,
+    ) -> Result<Lease, NetworkError> {
         let mac = parse_mac(mac).ok_or_else(|| {
             NetworkError::Rules(io::Error::new(io::ErrorKind::InvalidInput, mac.to_owned()))
         })?;
-        let ready = lock(&self.ready).pop_front();
-        self.wake.notify_one();
-        let slot = match ready {
+        let same = match before {
+            Some(addresses) => self.same(addresses).await,
+            None => None,
+        };
+        let slot = match same {
             Some(slot) => slot,
-            None => self.make().await?,
+            None => self.next().await?,
         };
         let attached = blocking(move || {
             let done = slot.attach(mac);
@@ -217,6 +238,15 @@ impl Network {
                 self.give_up(slot);
                 Err(NetworkError::Rules(e))
             }
+        }
+    }
+
+    async fn next(self: &Arc<Self>) -> Result<Slot, NetworkError> {
+        let ready = lock(&self.ready).pop_front();
+        self.wake.notify_one();
+        match ready {
+            Some(slot) => Ok(slot),
+            None => self.make().await,
         }
     }
 

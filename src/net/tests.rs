@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use super::plan::{CANDIDATES, Plan, SLOTS};
 use super::policy::{Limits, Policy};
 use super::slot::Slot;
-use super::{NOTE, Network, NetworkConfig, leftover};
+use super::{Addresses, NOTE, Network, NetworkConfig, leftover};
 
 fn plan() -> Plan {
     Plan::new("/test", CANDIDATES[0], false)
@@ -93,7 +93,7 @@ fn fifty_slots_at_once_share_nothing_and_leave_nothing() {
                     let mac = format!("02:00:00:00:{round:02x}:{n:02x}");
                     // Slots are made ahead only between claims.
                     claims.send_modify(|under_way| *under_way += 1);
-                    let lease = network.take(&mac).await.unwrap();
+                    let lease = network.take(&mac, None).await.unwrap();
                     let address = lease.addresses().ipv4;
                     assert!(held.lock().unwrap().insert(address), "{address} is shared");
                     let policy = if n % 2 == 0 { Policy::default() } else { Policy::closed() };
@@ -116,6 +116,32 @@ fn fifty_slots_at_once_share_nothing_and_leave_nothing() {
 }
 
 #[test]
+fn the_same_addresses_come_back_unless_another_has_them() {
+    in_namespace(async |network| {
+        let mac = "02:00:00:00:00:0a";
+        let before = {
+            let lease = network.take(mac, None).await.unwrap();
+            lease.addresses().clone()
+        };
+        // The kernel takes a moment to forget a namespace.
+        let again = async || loop {
+            let lease = network.take(mac, Some(&before)).await.unwrap();
+            if *lease.addresses() == before {
+                return lease;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        let lease = tokio::time::timeout(Duration::from_secs(10), again()).await.unwrap();
+        let other = network.take(mac, Some(&before)).await.unwrap();
+        assert_ne!(other.addresses().slot, before.slot, "it is taken");
+        drop(lease);
+        let foreign = Addresses { ipv4: "192.0.2.2".parse().unwrap(), ..before };
+        let other = network.take(mac, Some(&foreign)).await.unwrap();
+        assert_ne!(*other.addresses(), foreign, "of another plan");
+    });
+}
+
+#[test]
 fn only_what_nobody_needs_is_left_over() {
     in_namespace(async |network| {
         let note = network.host.note_path().to_owned();
@@ -124,7 +150,7 @@ fn only_what_nobody_needs_is_left_over() {
             leftover::find(folder).unwrap().into_iter().map(|left| left.table).collect()
         };
         let none = Vec::<String>::new();
-        let lease = network.take("02:00:00:00:00:0b").await.unwrap();
+        let lease = network.take("02:00:00:00:00:0b", None).await.unwrap();
         assert_eq!(left(), none, "its service runs");
         // As if a process before this one had written it.
         let mut text: serde_json::Value =
@@ -142,7 +168,7 @@ fn only_what_nobody_needs_is_left_over() {
 #[test]
 fn an_address_told_again_is_good_for_longer() {
     in_namespace(async |network| {
-        let lease = network.take("02:00:00:00:00:09").await.unwrap();
+        let lease = network.take("02:00:00:00:00:09", None).await.unwrap();
         let (_, netns) = lease.nic();
         let netns = std::fs::File::open(netns.unwrap()).unwrap();
         let addresses = ["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()];
@@ -166,7 +192,7 @@ fn an_address_told_again_is_good_for_longer() {
 #[test]
 fn rules_are_what_nft_says_they_are() {
     in_namespace(async |network| {
-        let lease = network.take("02:00:00:00:00:09").await.unwrap();
+        let lease = network.take("02:00:00:00:00:09", None).await.unwrap();
         let (a, allow) =
             (lease.addresses().clone(), r#"{"allow":["192.0.2.0/25","192.0.2.128/25"]}"#);
         let policy = Policy {

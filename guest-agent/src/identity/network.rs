@@ -114,6 +114,27 @@ impl Wanted {
         }
         Ok(wanted)
     }
+
+    /// What [`now`] says where these settings are in effect.
+    pub fn description(&self) -> String {
+        describe(
+            true,
+            self.mac.unwrap_or_default(),
+            self.addresses.clone(),
+            self.gateways.clone(),
+            self.resolv_conf.as_deref().unwrap_or(""),
+        )
+    }
+}
+
+/// The settings in effect.
+///
+/// # Errors
+/// There is no link, or the kernel does not say.
+pub fn now(agent: &Agent) -> Result<String, ItemError> {
+    let interface = DEFAULT_INTERFACE.to_owned();
+    let wanted = Wanted { interface, resolv_conf: Some(String::new()), ..Wanted::default() };
+    Ok(Network::with(agent, wanted, None).look_closely(agent)?.value)
 }
 
 fn octets(address: IpAddr) -> Vec<u8> {
@@ -132,6 +153,22 @@ fn address_of(bytes: &[u8]) -> Option<IpAddr> {
         return Some(Ipv4Addr::from(v4).into());
     }
     <[u8; 16]>::try_from(bytes).ok().map(|v6| Ipv6Addr::from(v6).into())
+}
+
+fn describe(
+    up: bool,
+    mac: [u8; 6],
+    mut addresses: Vec<(IpAddr, u8)>,
+    mut gateways: Vec<IpAddr>,
+    resolv_conf: &str,
+) -> String {
+    addresses.sort_unstable();
+    gateways.sort_unstable();
+    let addresses: Vec<String> = addresses.iter().map(|(a, p)| format!("{a}/{p}")).collect();
+    let gateways: Vec<String> = gateways.iter().map(ToString::to_string).collect();
+    let state = if up { "up" } else { "down" };
+    let (mac, addresses) = (hex::encode(mac), addresses.join(" "));
+    format!("{state} {mac} [{addresses}] via [{}] {resolv_conf:?}", gateways.join(" "))
 }
 
 fn ifinfo(index: u32, flags: i32, change: i32) -> [u8; IFINFO] {
@@ -242,6 +279,10 @@ impl Network {
     /// The item for settings that were understood.
     pub fn new(agent: &Agent, wanted: Wanted) -> Self {
         let frozen = ready::link(agent).filter(|_| wanted.interface == DEFAULT_INTERFACE);
+        Self::with(agent, wanted, frozen)
+    }
+
+    fn with(agent: &Agent, wanted: Wanted, frozen: Option<Seen>) -> Self {
         let (links, netlink) = (ready::links(agent), ready::route(agent));
         Self { wanted, seen: Cell::new(None), frozen: Cell::new(frozen), links, netlink }
     }
@@ -266,20 +307,27 @@ impl Network {
         Ok(Seen { link, bare })
     }
 
-    fn describe(
-        up: bool,
-        mac: [u8; 6],
-        mut addresses: Vec<(IpAddr, u8)>,
-        mut gateways: Vec<IpAddr>,
-        resolv_conf: &str,
-    ) -> String {
-        addresses.sort_unstable();
-        gateways.sort_unstable();
-        let addresses: Vec<String> = addresses.iter().map(|(a, p)| format!("{a}/{p}")).collect();
-        let gateways: Vec<String> = gateways.iter().map(ToString::to_string).collect();
-        let state = if up { "up" } else { "down" };
-        let (mac, addresses) = (hex::encode(mac), addresses.join(" "));
-        format!("{state} {mac} [{addresses}] via [{}] {resolv_conf:?}", gateways.join(" "))
+    fn look_closely(&self, agent: &Agent) -> Result<Reading, ItemError> {
+        let io = || ItemError::io(format!("read the state of {}", self.wanted.interface));
+        let seen = self.look().map_err(io())?;
+        self.seen.set(Some(seen));
+        let Seen { link: Link { index, up, mac }, bare } = seen;
+        let (addresses, gateways) = if bare {
+            (Vec::new(), Vec::new())
+        } else {
+            let mut netlink = self.netlink().map_err(io())?;
+            let messages = addresses(&mut netlink, index).map_err(io())?;
+            let gateways = gateways(&mut netlink, index).map_err(io())?;
+            (messages.iter().filter_map(address_and_prefix).collect(), gateways)
+        };
+        let resolv_conf = match &self.wanted.resolv_conf {
+            Some(_) => write::read(&agent.path(RESOLV_CONF))?,
+            None => String::new(),
+        };
+        let text = describe(up, mac, addresses, gateways, &resolv_conf);
+        let mut reading = Reading::of(text);
+        reading.details.insert("interface".to_owned(), self.wanted.interface.clone());
+        Ok(reading)
     }
 
     fn set(&self) -> Result<(), (String, io::Error)> {
@@ -342,26 +390,7 @@ impl Item for Network {
     }
 
     fn read(&self, context: &Context<'_>) -> Result<Reading, ItemError> {
-        let io = || ItemError::io(format!("read the state of {}", self.wanted.interface));
-        let seen = self.look().map_err(io())?;
-        self.seen.set(Some(seen));
-        let Seen { link: Link { index, up, mac }, bare } = seen;
-        let (addresses, gateways) = if bare {
-            (Vec::new(), Vec::new())
-        } else {
-            let mut netlink = self.netlink().map_err(io())?;
-            let messages = addresses(&mut netlink, index).map_err(io())?;
-            let gateways = gateways(&mut netlink, index).map_err(io())?;
-            (messages.iter().filter_map(address_and_prefix).collect(), gateways)
-        };
-        let resolv_conf = match &self.wanted.resolv_conf {
-            Some(_) => write::read(&context.agent.path(RESOLV_CONF))?,
-            None => String::new(),
-        };
-        let text = Self::describe(up, mac, addresses, gateways, &resolv_conf);
-        let mut reading = Reading::of(text);
-        reading.details.insert("interface".to_owned(), self.wanted.interface.clone());
-        Ok(reading)
+        self.look_closely(context.agent)
     }
 
     fn apply(&mut self, context: &Context<'_>) -> Result<(), ItemError> {
@@ -373,14 +402,7 @@ impl Item for Network {
     }
 
     fn check(&self, _: &Context<'_>, _: &Reading, new: &Reading) -> Result<(), ItemError> {
-        let wanted = Self::describe(
-            true,
-            self.wanted.mac.unwrap_or_default(),
-            self.wanted.addresses.clone(),
-            self.wanted.gateways.clone(),
-            self.wanted.resolv_conf.as_deref().unwrap_or(""),
-        );
-        ItemError::compare(&wanted, &new.value)
+        ItemError::compare(&self.wanted.description(), &new.value)
     }
 }
 

@@ -5,7 +5,8 @@
 
 use super::hooks;
 use super::journald::Waiting;
-use super::network::{Links, Seen};
+use super::network::{self, Links, Seen};
+use super::sockets;
 use crate::agent::Agent;
 use crate::netlink::Netlink;
 use nix::sys::socket::SockProtocol;
@@ -31,6 +32,7 @@ pub struct Ready {
     sock_diag: Option<SharedNetlink>,
     route: Option<SharedNetlink>,
     random: Option<Rc<File>>,
+    attachment: Option<Attachment>,
     pub(super) journald: Option<Rc<Waiting>>,
 }
 
@@ -45,10 +47,35 @@ pub fn prepare(agent: &Agent) {
         sock_diag: netlink(SockProtocol::NetlinkSockDiag).ok(),
         route: netlink(SockProtocol::NetlinkRoute).ok(),
         random: crate::entropy::open().ok().map(Rc::new),
+        // Only of a workspace; see there.
+        attachment: None,
         // Only of a template; see there.
         journald: None,
     };
     *agent.ready.borrow_mut() = ready;
+}
+
+/// How a workspace is attached that is about to stand still: on the same network again it has
+/// nothing to be told.
+#[derive(Debug)]
+pub struct Attachment {
+    /// The settings, where they are known; see [`network::now`].
+    pub settings: Option<String>,
+    /// Whether there may be connections to the outside.
+    pub connected: bool,
+}
+
+/// Notes how the machine is attached.
+pub fn prepare_attachment(agent: &Agent) {
+    let settings = network::now(agent).ok();
+    let connected = sockets::any(agent).unwrap_or(true);
+    agent.ready.borrow_mut().attachment = Some(Attachment { settings, connected });
+}
+
+/// How it was attached; told once. Nothing is known of an agent that was started anew.
+pub fn attachment(agent: &Agent) -> Attachment {
+    let known = agent.ready.borrow_mut().attachment.take();
+    known.unwrap_or(Attachment { settings: None, connected: true })
 }
 
 fn netlink(protocol: SockProtocol) -> io::Result<SharedNetlink> {

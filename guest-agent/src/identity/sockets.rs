@@ -72,6 +72,15 @@ fn connections(netlink: &mut Netlink) -> io::Result<Vec<Message>> {
     Ok(all)
 }
 
+/// Whether there are any such connections.
+///
+/// # Errors
+/// The kernel does not say.
+pub fn any(agent: &Agent) -> io::Result<bool> {
+    let netlink = ready::sock_diag(agent)?;
+    Ok(!connections(&mut netlink.borrow_mut())?.is_empty())
+}
+
 impl Item for Sockets {
     fn name(&self) -> &'static str {
         "sockets"

@@ -11,6 +11,7 @@
 //! ever waits for a socket to appear.
 
 mod args;
+mod blank;
 mod qmp;
 mod shell;
 mod vm;
@@ -32,6 +33,7 @@ use crate::vmm::{
     BootSpec, Compat, Driver, MemoryBackend, RestoreSpec, Shell, Vm, VmRecord, VmmError, VmmKind,
 };
 use args::{AGENT_FD, Machine, Memory, QMP_FD, Start};
+use blank::{Blanks, Launch};
 use qmp::{Qmp, QmpError};
 
 const VMM: &str = "qemu";
@@ -67,6 +69,7 @@ pub struct Qemu {
     config: QemuConfig,
     compat: Compat,
     pager: Arc<Supervisor>,
+    blanks: Arc<Blanks>,
 }
 
 impl Qemu {
@@ -77,38 +80,61 @@ impl Qemu {
         facts.insert("vmm_version".to_owned(), version);
         facts.insert("machine".to_owned(), args::fingerprint(config.accelerator));
         let compat = Compat { vmm: VmmKind::Qemu, facts };
-        Ok(Self { config, compat, pager })
+        Ok(Self { config, compat, pager, blanks: Arc::default() })
     }
 
+    /// Starts QEMU; for a restore, one that was started ahead where there is one.
     fn spawn(
         &self,
         id: &str,
         run_dir: &Path,
         machine: &Machine<'_>,
         mut fds: Vec<(OwnedFd, i32)>,
-        env: &[(&str, String)],
+        env: Vec<(&'static str, String)>,
     ) -> Result<Process, VmmError> {
         for (name, number) in [("qmp.sock", QMP_FD), ("agent.sock", AGENT_FD)] {
             fds.push((listen(&run_dir.join(name))?.into(), number));
         }
-        let mut command = Command::new(&self.config.binary);
-        command.args(machine.args()).env_clear().envs(env.iter().map(|(k, v)| (*k, v)));
-        command.current_dir(run_dir);
-        if let Some(path) = &machine.nic.netns {
-            let netns = std::fs::File::open(path).map_err(|source| VmmError::File {
+        let netns = machine.nic.netns.as_ref().map(|path| {
+            std::fs::File::open(path).map(OwnedFd::from).map_err(|source| VmmError::File {
                 what: "cannot open the network namespace",
                 path: path.clone(),
                 source,
-            })?;
-            tap::start_inside(&mut command, netns.into());
+            })
+        });
+        let launch = Launch {
+            program: &self.config.binary,
+            args: machine.args(),
+            env,
+            directory: run_dir,
+            fds,
+            netns: netns.transpose()?,
+            log: log_path(run_dir),
+        };
+        if matches!(machine.start, Start::Kernel(..)) {
+            return start(id, launch);
         }
-        Process::spawn(command, fds, &log_path(run_dir)).map_err(|source| VmmError::Process {
-            vmm: VMM,
-            id: id.to_owned(),
-            source,
-            log: String::new(),
-        })
+        let process = match self.blanks.launch(&launch) {
+            Some(process) => process,
+            None => start(id, launch)?,
+        };
+        self.blanks.refill(&self.config.binary, &self.config.shim);
+        Ok(process)
     }
+}
+
+fn start(id: &str, launch: Launch<'_>) -> Result<Process, VmmError> {
+    let mut command = Command::new(launch.program);
+    command.args(launch.args).env_clear().envs(launch.env).current_dir(launch.directory);
+    if let Some(netns) = launch.netns {
+        tap::start_inside(&mut command, netns);
+    }
+    Process::spawn(command, launch.fds, &launch.log).map_err(|source| VmmError::Process {
+        vmm: VMM,
+        id: id.to_owned(),
+        source,
+        log: String::new(),
+    })
 }
 
 #[async_trait]
@@ -138,7 +164,7 @@ impl Driver for Qemu {
             console: Some(&spec.run_dir.join("console.log")),
             start: Start::Kernel(&spec.kernel, spec.initrd.as_deref(), &cmdline),
         };
-        let process = self.spawn(&spec.id, &spec.run_dir, &machine, Vec::new(), &[])?;
+        let process = self.spawn(&spec.id, &spec.run_dir, &machine, Vec::new(), Vec::new())?;
         let record = VmRecord {
             id: spec.id.clone(),
             vmm: VmmKind::Qemu,

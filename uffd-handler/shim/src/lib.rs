@@ -8,11 +8,16 @@
 //!
 //! QEMU must not run with memory that nobody serves, so every failure ends the process with a
 //! message. Without the variables the shim does nothing.
+//!
+//! With `RETHAW_SHIM_WAIT` it waits before `main` for its arguments and its environment, see
+//! [`blank`].
 
 #![warn(missing_docs)]
 
+mod blank;
 mod handover;
 mod report;
+mod shown;
 
 use std::ffi::{CStr, c_int, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};

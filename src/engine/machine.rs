@@ -87,10 +87,17 @@ impl Machine {
 
     /// Kills the VM, waits until it is gone, and removes its files.
     pub async fn destroy(self) {
-        self.vm.kill().await;
+        drop(self.end().await);
+    }
+
+    /// The same, but for the network.
+    pub async fn end(self) -> Option<Lease> {
+        let (vm, dir, network) = self.disconnect();
+        vm.kill().await;
         // Files of a disk go in their own time, which a thread that serves others has not.
-        if let Err(e) = tokio::task::spawn_blocking(|| drop(self)).await {
-            std::panic::resume_unwind(e.into_panic());
+        match tokio::task::spawn_blocking(move || drop((vm, dir))).await {
+            Ok(()) => network,
+            Err(e) => std::panic::resume_unwind(e.into_panic()),
         }
     }
 

@@ -85,7 +85,10 @@ impl Engine {
             Ok(()) => {
                 failpoint::reached("pause.noted").await;
                 if let Some(machine) = slot.take() {
-                    machine.destroy().await;
+                    let lease = machine.end().await;
+                    if let (Some(network), Some(lease)) = (self.network(), lease) {
+                        network.keep(lease, &sandbox.identity().values.mac);
+                    }
                 }
                 failpoint::reached("pause.killed").await;
                 sandbox.end(Event::Written);

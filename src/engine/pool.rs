@@ -23,6 +23,8 @@ use crate::{live, log};
 /// Longest pause between two attempts after a restore failed.
 const MAX_BACKOFF: Duration = Duration::from_secs(10);
 /// A pool from which something was taken within this time has no time for more than the least
+/// How long a template that no VM is parked for has a spare VMM after a claim.
+const SPARE_LINGERS: Duration = Duration::from_secs(600);
 /// warm-up: the next claim may need the VM.
 const BUSY: Duration = Duration::from_secs(5);
 /// How long after the last claim a restore starts: its answer has been read by then.
@@ -110,6 +112,7 @@ impl Pool {
         self.target.store(target, Ordering::Relaxed);
         live::changed();
         self.wake.notify_one();
+        self.spare.look_again();
     }
 
     /// Takes a parked VM, or counts a miss.
@@ -126,6 +129,7 @@ impl Pool {
         metrics::counter!("rethaw_pool_misses_total", "template" => self.template.name.clone())
             .increment(1);
         self.wake.notify_one();
+        self.spare.look_again();
         None
     }
 
@@ -154,7 +158,8 @@ impl Pool {
 
     /// Keeps the number of parked VMs at the target until the pool is closed.
     pub async fn run(self: Arc<Self>) {
-        let spare = self.spare.keep(&self.context, &self.template, self.claims.clone());
+        let wanted = || self.spare_is_wanted_for();
+        let spare = self.spare.keep(&self.context, &self.template, self.claims.clone(), wanted);
         tokio::join!(self.refill(), spare);
         let _ = self.ended.send_replace(true);
     }
@@ -204,6 +209,15 @@ impl Pool {
         self.closed.store(true, Ordering::Relaxed);
         self.wake.notify_one();
         self.spare.close();
+    }
+
+    /// A pool that is to be empty has a spare VMM only while its template is used.
+    fn spare_is_wanted_for(&self) -> Duration {
+        if self.target.load(Ordering::Relaxed) > 0 {
+            return SPARE_LINGERS;
+        }
+        let since = self.last_taken().map(|at| at.elapsed());
+        since.map_or(Duration::ZERO, |since| SPARE_LINGERS.saturating_sub(since))
     }
 
     fn is_busy(&self) -> bool {

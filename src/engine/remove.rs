@@ -41,6 +41,9 @@ impl Engine {
         if let Some(machine) = machine.take() {
             machine.destroy().await;
         }
+        if let Some(network) = self.network() {
+            network.let_go(&sandbox.identity().values.mac);
+        }
         failpoint::reached("delete.killed").await;
         // Before anything else of what is on disk: without it, the rest is noise.
         // One whose pause failed half-way may be there too, under the same name.

@@ -1,5 +1,5 @@
-//! One spawned VMM per pool that has loaded nothing yet: a claim that finds the pool empty does not
-//! wait for a process to start and for its working set to be put in place.
+//! One spawned VMM that has loaded nothing yet, for each pool that is in use: a claim that finds the
+//! pool empty does not wait for a process to start and for its working set to be put in place.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +21,7 @@ const RETRY: Duration = Duration::from_secs(5);
 #[derive(Debug, Default)]
 pub(super) struct Spare {
     slot: Mutex<Option<Spawned>>,
-    taken: Notify,
+    changed: Notify,
     closed: AtomicBool,
 }
 
@@ -29,24 +29,37 @@ impl Spare {
     /// Takes it, if it is there.
     pub(super) fn take(&self) -> Option<Spawned> {
         let spawned = self.lock().take();
-        self.taken.notify_one();
+        self.changed.notify_one();
         spawned
+    }
+
+    /// Has [`Spare::keep`] ask again for how long it is wanted.
+    pub(super) fn look_again(&self) {
+        self.changed.notify_one();
     }
 
     /// Ends [`Spare::keep`].
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::Relaxed);
-        self.taken.notify_one();
+        self.changed.notify_one();
     }
 
-    /// Makes a new one whenever it was taken, until closed; then gives the last one up.
+    /// Makes a new one whenever it was taken, for as long as `wanted` says, until closed; then gives
+    /// the last one up.
     pub(super) async fn keep(
         &self,
         context: &RestoreContext,
         template: &ReadyTemplate,
         claims: watch::Receiver<u32>,
+        wanted: impl Fn() -> Duration,
     ) {
         while !self.closed.load(Ordering::Relaxed) {
+            let wanted_for = wanted();
+            if wanted_for.is_zero() {
+                self.give_up().await;
+                self.changed.notified().await;
+                continue;
+            }
             let empty = self.lock().is_none();
             if empty {
                 let_claims_go_first(&claims).await;
@@ -59,8 +72,13 @@ impl Spare {
                     }
                 }
             }
-            self.taken.notified().await;
+            // Either way it is looked at again.
+            let _ = tokio::time::timeout(wanted_for, self.changed.notified()).await;
         }
+        self.give_up().await;
+    }
+
+    async fn give_up(&self) {
         let last = self.lock().take();
         if let Some(spawned) = last {
             spawned.discard().await;

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! A VM gets a slot ([`slot`]) when it is spawned and keeps it until it is gone; slots are made ahead
-//! ([`Network::take`]). What a sandbox may reach ([`policy`]) is enforced in its slot, out of the
+//! ([`Network::take`]). A VM that comes back from a pause gets its old one, which is kept for a moment
+//! ([`Network::keep`]), or one with the same addresses, unless another VM has them by then. What a sandbox may reach ([`policy`]) is enforced in its slot, out of the
 //! guest's reach; that it reaches neither the host nor another sandbox is enforced twice, in the slot
 //! and in the host's table ([`host`]). Everything is done by netlink from this process: nothing is
 //! spawned.
@@ -54,6 +55,9 @@ use slot::{Shared, Slot};
 const AHEAD: usize = 4;
 /// Numbers tried for one slot: those whose VM is not gone yet are passed over.
 const TRIES: usize = 16;
+/// How long the slot of a VM that was paused is there for its return: until its number can be had
+/// again, or longer.
+const KEEP: Duration = Duration::from_secs(10);
 /// Pause after a slot that could not be made; whoever needs one makes an attempt of its own.
 const RETRY: Duration = Duration::from_secs(2);
 
@@ -101,8 +105,17 @@ pub struct Network {
     wake: Notify,
     closed: AtomicBool,
     live: Mutex<HashMap<u16, Weak<Shared>>>,
+    kept: Mutex<Vec<Kept>>,
     // What slots that are gone had counted.
     past: Mutex<HashMap<String, u64>>,
+}
+
+/// A slot that waits for its VM.
+#[derive(Debug)]
+struct Kept {
+    until: Instant,
+    mac: [u8; 6],
+    lease: Lease,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -138,6 +151,7 @@ impl Network {
             wake: Notify::new(),
             closed: AtomicBool::new(false),
             live: Mutex::default(),
+            kept: Mutex::default(),
             past: Mutex::default(),
         }))
     }
@@ -219,6 +233,9 @@ impl Network {
         let mac = parse_mac(mac).ok_or_else(|| {
             NetworkError::Rules(io::Error::new(io::ErrorKind::InvalidInput, mac.to_owned()))
         })?;
+        if let Some(lease) = before.and_then(|addresses| self.kept(mac, addresses)) {
+            return Ok(lease);
+        }
         let same = match before {
             Some(addresses) => self.same(addresses).await,
             None => None,
@@ -239,6 +256,45 @@ impl Network {
                 Err(NetworkError::Rules(e))
             }
         }
+    }
+
+    /// Keeps the slot of a VM that was paused for a moment: coming back at once it finds everything
+    /// as it was.
+    pub fn keep(self: &Arc<Self>, lease: Lease, mac: &str) {
+        let (Some(mac), false) = (parse_mac(mac), self.closed.load(Ordering::Relaxed)) else {
+            return;
+        };
+        lock(&self.kept).push(Kept { until: Instant::now() + KEEP, mac, lease });
+        let network = Arc::downgrade(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(KEEP).await;
+            if let Some(network) = network.upgrade() {
+                network.drop_over();
+            }
+        });
+    }
+
+    /// The VM will not come back.
+    pub fn let_go(&self, mac: &str) {
+        let Some(mac) = parse_mac(mac) else { return };
+        let gone: Vec<Kept> = lock(&self.kept).extract_if(.., |kept| kept.mac == mac).collect();
+        drop(gone);
+    }
+
+    fn kept(&self, mac: [u8; 6], addresses: &Addresses) -> Option<Lease> {
+        let mut kept = lock(&self.kept);
+        let is = |k: &Kept| k.mac == mac && k.lease.addresses() == addresses;
+        let at = kept.iter().position(is)?;
+        Some(kept.swap_remove(at).lease)
+    }
+
+    fn drop_over(&self) {
+        let over: Vec<Kept> = {
+            let now = Instant::now();
+            lock(&self.kept).extract_if(.., |kept| kept.until <= now).collect()
+        };
+        // Outside: a slot that is given up takes other locks.
+        drop(over);
     }
 
     async fn next(self: &Arc<Self>) -> Result<Slot, NetworkError> {
@@ -312,6 +368,8 @@ impl Network {
     pub fn close(&self) {
         self.closed.store(true, Ordering::Relaxed);
         self.wake.notify_one();
+        let kept = std::mem::take(&mut *lock(&self.kept));
+        drop(kept);
     }
 
     /// Undoes what was changed on the host; the VMs are gone.

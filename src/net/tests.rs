@@ -134,6 +134,11 @@ fn the_same_addresses_come_back_unless_another_has_them() {
         let lease = tokio::time::timeout(Duration::from_secs(10), again()).await.unwrap();
         let other = network.take(mac, Some(&before)).await.unwrap();
         assert_ne!(other.addresses().slot, before.slot, "it is taken");
+        network.keep(lease, mac);
+        let other = network.take("02:00:00:00:00:0b", Some(&before)).await.unwrap();
+        assert_ne!(other.addresses().slot, before.slot, "it is kept for another");
+        let lease = network.take(mac, Some(&before)).await.unwrap();
+        assert_eq!(*lease.addresses(), before, "at once");
         drop(lease);
         let foreign = Addresses { ipv4: "192.0.2.2".parse().unwrap(), ..before };
         let other = network.take(mac, Some(&foreign)).await.unwrap();

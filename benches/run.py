@@ -2,7 +2,8 @@
 
 Each prints n, p50, p90, p99, p99.9 and the share of each phase, and writes its raw samples with a
 stamp of the machine to DIR/NAME.json. With --against BINARY the same benchmarks run with another
-rethaw too, turn and turn about, and the ratio of the medians is printed.
+rethaw too, turn and turn about, and the ratio of the medians is printed. With --profile a flame
+graph of each is written to DIR/NAME.svg; the times are then those of a host that is being watched.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
+import flame  # noqa: E402
 from registry import load_all  # noqa: E402
 from report import ROOT, Report, stamp  # noqa: E402
 from service import Service  # noqa: E402
@@ -54,6 +56,7 @@ def main():
     parser.add_argument("--out", default=os.path.join(TARGET, "bench"), help="for the JSON files")
     parser.add_argument("--binary", default=os.path.join(TARGET, "release", "rethaw"),
                         help="the rethaw to measure")
+    parser.add_argument("--profile", action="store_true", help="flame graphs; needs perf")
     parser.add_argument("--against", help="another rethaw, for A/B")
     options = parser.parse_args()
     benches = {n: f for n, f in load_all().items() if options.filter in n}
@@ -71,9 +74,14 @@ def main():
         runs.append(Run(options.against, home, os.path.join(options.out, "against"),
                         options.seconds, "B "))
     try:
-        for function in benches.values():
+        for name, function in benches.items():
             for run in runs:
-                function(run)
+                profile = flame.Profile(os.path.join(options.out, name)) if options.profile else None
+                try:
+                    function(run)
+                finally:
+                    if profile:
+                        print(flame.summary(profile.end()))
                 # The other binary needs the home; alone, the service is kept.
                 if len(runs) > 1:
                     run.stop()

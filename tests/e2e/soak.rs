@@ -204,10 +204,15 @@ impl Soak {
             self.delete(&id).await;
         }
         self.service.set_pool(0).await;
+        // A service that was just started has a spare VMM only once somebody asked for a sandbox.
+        self.create().await;
+        for id in self.sandboxes.keys().cloned().collect::<Vec<_>>() {
+            self.delete(&id).await;
+        }
         let service = &self.service;
         service
             .until("no VM is left but the spare", async || {
-                (service.home().vm_dirs().len() <= 1).then_some(())
+                (service.home().vm_dirs().len() == 1).then_some(())
             })
             .await;
         let workspaces = service.home().workspaces();

@@ -7,6 +7,8 @@ from registry import bench
 
 PARKED = 50
 WATCHED_SECONDS = 20
+# Parked VMs at most.
+MOST = 1000
 
 
 def summed(pids):
@@ -21,10 +23,19 @@ def service_processes(service):
     return [service.process.pid, *procfs.children(service.process.pid)]
 
 
+# What memory comes from, and the service's options for it.
+BACKENDS = {"": ("page server", ()), "-mapped": ("mapped file", ("--file-backed", "base"))}
+
+
 @bench("density")
 def density(run):
-    """memory, descriptors and CPU of 50 parked VMs"""
-    service = run.service
+    """memory, descriptors and CPU of 50 parked VMs, by page server and by mapped file"""
+    for suffix, (backend, flags) in BACKENDS.items():
+        parked_vms(run, f"density{suffix}", backend, run.own_service(*flags))
+    run.stop()
+
+
+def parked_vms(run, name, backend, service):
     client = service.client()
     client.pool(0)
     time.sleep(2)
@@ -40,7 +51,7 @@ def density(run):
     vm_cpu = sum(spent[pid] for pid in vms)
     own_cpu = sum(spent[pid] for pid in own)
     client.pool(0)
-    run.report.facts("density", f"{PARKED} parked VMs and the pool's spare process, watched for "
+    run.report.facts(name, f"{backend}: {PARKED} parked VMs and the pool's spare process, watched for "
                      f"{WATCHED_SECONDS} s", {
         "processes": len(vms),
         "pss_per_vm_mib": parked["pss_mib"] / len(vms),
@@ -55,12 +66,18 @@ def density(run):
 
 @bench("capacity")
 def capacity(run):
-    """how many parked VMs fit in 16 GiB, by parking them"""
+    """how many parked VMs fit in 16 GiB, by parking them, by page server and by mapped file"""
+    for suffix, (backend, flags) in BACKENDS.items():
+        service = run.own_service(*flags)
+        fill(run, f"capacity{suffix}", backend, service)
+    run.stop()
+
+
+def fill(run, name, backend, service):
     limit_mib = 16 << 10
-    service = run.service
     client = service.client()
     parked, used, rows = 0, 0.0, []
-    while used < limit_mib and parked < 1000:
+    while used < limit_mib and parked < MOST:
         parked += 50
         client.pool(parked)
         pids = set(procfs.vm_processes(run.home)) | set(service_processes(service))
@@ -71,7 +88,7 @@ def capacity(run):
             break
     fits = int(parked * min(1.0, limit_mib / used))
     client.pool(0)
-    run.report.rows("capacity", f"about {fits} parked VMs in 16 GiB of proportional memory", rows)
+    run.report.rows(name, f"{backend}: about {fits} parked VMs in 16 GiB of proportional memory", rows)
 
 
 def available_mib():

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
-use crate::rig::{binaries, workspace};
+use crate::rig::{binaries, version, workspace};
 
 fn get(home: &Path, version: &str) -> Output {
     Command::new(workspace().join("scripts/get-firecracker"))
@@ -20,12 +20,16 @@ fn get(home: &Path, version: &str) -> Output {
 #[test]
 fn what_is_there_and_genuine_is_taken_and_nothing_else() {
     let home = tempfile::tempdir().unwrap();
-    let dir = home.path().join("firecracker/1.12.1");
+    let version = version();
+    let dir = home.path().join("firecracker").join(&version);
     std::fs::create_dir_all(&dir).unwrap();
     let installed = binaries();
     std::fs::copy(&installed.firecracker, dir.join("firecracker")).unwrap();
     std::fs::copy(&installed.jailer, dir.join("jailer")).unwrap();
-    let output = get(home.path(), "1.12.1");
+    // What others than the pinned version are known by; it is there once they were installed.
+    let sums = "SHA256SUMS";
+    let _ = std::fs::copy(installed.jailer.with_file_name(sums), dir.join(sums));
+    let output = get(home.path(), &version);
     assert!(output.status.success(), "{output:?}");
     assert_eq!(String::from_utf8(output.stdout).unwrap().trim(), dir.to_str().unwrap());
 
@@ -34,7 +38,7 @@ fn what_is_there_and_genuine_is_taken_and_nothing_else() {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     std::fs::write(dir.join("jailer"), bytes).unwrap();
-    let output = get(home.path(), "1.12.1");
+    let output = get(home.path(), &version);
     assert!(!output.status.success());
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(text.contains("can be had neither from its release page"), "{text}");

@@ -26,12 +26,18 @@ pub fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
 }
 
+/// The version these tests are about.
+pub fn version() -> String {
+    std::env::var("RETHAW_TEST_FIRECRACKER").unwrap_or_else(|_| "1.12.1".to_owned())
+}
+
 /// The installed Firecracker; gets it when there is none.
 pub fn binaries() -> Binaries {
     static FOUND: OnceLock<Binaries> = OnceLock::new();
     FOUND
         .get_or_init(|| {
-            let output = Command::new(workspace().join("scripts/get-firecracker")).output();
+            let mut get = Command::new(workspace().join("scripts/get-firecracker"));
+            let output = get.arg(version()).output();
             let output = output.expect("scripts/get-firecracker does not start");
             assert!(
                 output.status.success(),

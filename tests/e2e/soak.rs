@@ -111,7 +111,10 @@ impl Soak {
         let chosen = self.sandboxes.keys().choose(&mut self.random).cloned();
         match (step, chosen) {
             ("kill pager", _) => {
-                self.service.home().pager().expect("a page server").kill();
+                // The one before may have been killed a moment ago.
+                let service = &self.service;
+                let there = async || service.home().pager();
+                service.until("there is a page server", there).await.kill();
                 self.all_are_right().await;
             }
             ("kill service", _) => {
@@ -215,9 +218,13 @@ impl Soak {
                 (service.home().vm_dirs().len() == 1).then_some(())
             })
             .await;
-        let workspaces = service.home().workspaces();
-        assert_eq!(workspaces, Vec::<String>::new(), "snapshots of sandboxes that are gone");
-        let pager = service.home().pager().expect("a page server");
+        service
+            .until("no snapshot is left of sandboxes that are gone", async || {
+                service.home().workspaces().is_empty().then_some(())
+            })
+            .await;
+        let there = async || service.home().pager();
+        let pager = service.until("there is a page server", there).await;
         let held = [Holdings::of(&service.process()), Holdings::of(&pager)];
         self.service.set_pool(POOL).await;
         held

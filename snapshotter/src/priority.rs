@@ -15,11 +15,10 @@ use uffd_handler::sched;
 
 use crate::vmm::Priority;
 
-/// How much more the threads of the service, and of a VM that is being claimed, count than those of
-/// other VMs (in nice values), and a dying VM's less.
+/// How much more the service's threads count than a VM's (in nice values), and a dying VM's less.
 const PREFERRED: i32 = -10;
 const DYING: i32 = 10;
-/// The slice of those that count more: shorter than usual, and long enough that they are not preempted
+/// The slice of the service's threads: shorter than usual, and long enough that they are not preempted
 /// in the middle of a request themselves. (Linux 6.12 and later; older ones ignore slices.)
 const SLICE_NANOS: u64 = 1_000_000;
 /// The slice of a process nobody waits for: the least the kernel takes.
@@ -60,12 +59,6 @@ pub fn set(pid: i32, priority: Priority) {
             Priority::Normal => {
                 set_policy(tid, libc::SCHED_OTHER);
                 let _ = setpriority_process(Some(tid), own_nice());
-            }
-            Priority::Prompt => {
-                set_policy(tid, libc::SCHED_OTHER);
-                let _ = setpriority_process(Some(tid), own_nice());
-                let nice = own_nice() + PREFERRED;
-                sched::set(tid.as_raw_nonzero().get(), nice, SLICE_NANOS, 0);
             }
         }
     }

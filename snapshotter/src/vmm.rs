@@ -174,8 +174,6 @@ pub enum Priority {
     Background,
     /// As any process.
     Normal,
-    /// Before other VMs: somebody waits for its answer, which takes it a few milliseconds.
-    Prompt,
 }
 
 /// Enough to find a VM's process and sockets again after the service was killed.

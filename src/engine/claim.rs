@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use snapshotter::vmm::{MemoryBackend, Priority, VmRecord};
+use snapshotter::vmm::{MemoryBackend, VmRecord};
 use time::OffsetDateTime;
 use tokio::sync::watch;
 use tracing::Instrument;
@@ -281,14 +281,13 @@ impl Engine {
         // While the caller reads that it has a sandbox: before it is told, page server and guest would
         // take the CPU from that.
         vm.machine.agent.start_http_after(TOLD);
-        let process = Arc::clone(&vm.machine.vm);
-        let (pager, id, told) = (Arc::clone(&self.pager), vm.id.clone(), Arc::clone(&process));
-        let afterwards = async move {
+        let (pager, id) = (Arc::clone(&self.pager), vm.id.clone());
+        let naming = async move {
             tokio::time::sleep(TOLD).await;
-            told.set_priority(Priority::Normal);
             pager.claim(&id);
         };
-        tokio::spawn(afterwards.in_current_span());
+        tokio::spawn(naming.in_current_span());
+        let process = Arc::clone(&vm.machine.vm);
         let sandbox = Arc::new(Sandbox::running(data, vm.identity, vm.machine));
         self.sandboxes.insert(vm.id.clone(), Arc::clone(&sandbox));
         live::changed();

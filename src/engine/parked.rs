@@ -86,7 +86,7 @@ async fn park(
         // It does not run, so it reaches nothing, and takes no time from anybody: what most claims will
         // want is set ahead.
         vm.set_policy(&Policy::default()).await?;
-        vm.machine.vm.set_priority(Priority::Prompt);
+        vm.machine.vm.set_priority(Priority::Normal);
         context.db.vm_parked(&vm.id, &vm.identity).await?;
         Ok(())
     };

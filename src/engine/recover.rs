@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use snapshotter::process::{Process, ProcessId, start_time};
-use snapshotter::vmm::{Priority, Vm};
+use snapshotter::vmm::Vm;
 use uffd_handler::supervisor::PagerEvent;
 
 use super::db::{DbError, Stage, VmRow};
@@ -83,8 +83,6 @@ impl Engine {
             // The service may have been killed in the middle of a pause or a fork: then the vCPUs
             // stand still and the workload is frozen. Both calls change nothing otherwise.
             vm.resume().await.map_err(|e| e.to_string())?;
-            // Or in the moments in which a VM is being claimed.
-            vm.set_priority(Priority::Normal);
             let agent = vm.connect_agent(ADOPT_DEADLINE).await.map_err(|e| e.to_string())?;
             let thaw = resume_request(None);
             agent.resume(&thaw, ADOPT_DEADLINE).await.map_err(|e| e.to_string())?;

@@ -1,5 +1,7 @@
 //! Sandboxes reach what they may, over networks of their own, and nothing else.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
 use crate::service::{Service, id};
@@ -263,16 +265,26 @@ while not os.path.exists('{file}.alive'): time.sleep(0.05)"
 out = open('/tmp/a.alive').read() != before";
         assert_eq!(python(&service, &id, alive).await, true, "the source's connection goes on");
 
-        // Back from a pause it is in another slot, and what was open is closed.
-        service.act(&id, "pause", &json!({})).await.expect(200);
-        let back = service.act(&id, "resume", &json!({})).await.expect(200);
-        let address = back["network"]["ipv4"].as_str().unwrap();
-        let now = service.sh(&id, "ip -4 -o address show dev eth0").await;
-        assert!(now.contains(address), "{address}: {now}");
-        assert_eq!(python(&service, &id, connections).await, 0);
-        let out = python(&service, &id, &look).await;
-        assert_eq!(out["v4"], "hello 198.51.100.1", "{out}");
-        assert!(refused(&out["three"]), "{out}");
+        // Back from a pause it is where it was, and what was open is closed. Its slot was kept; after a
+        // crash of the service it is made again.
+        for crash in [false, true] {
+            service.act(&id, "pause", &json!({})).await.expect(200);
+            if crash {
+                service.crash().await;
+                service.start_again().await;
+                // The kernel takes a moment to forget the slot that the killed service held.
+                tokio::time::sleep(Duration::from_secs(3)).await;
+            }
+            let back = service.act(&id, "resume", &json!({})).await.expect(200);
+            assert_eq!(back["network"]["ipv4"], source["network"]["ipv4"]);
+            let address = back["network"]["ipv4"].as_str().unwrap();
+            let now = service.sh(&id, "ip -4 -o address show dev eth0").await;
+            assert!(now.contains(address), "{address}: {now}");
+            assert_eq!(python(&service, &id, connections).await, 0);
+            let out = python(&service, &id, &look).await;
+            assert_eq!(out["v4"], "hello 198.51.100.1", "{out}");
+            assert!(refused(&out["three"]), "{out}");
+        }
 
         // Killed for good, with its VMs: nothing is left but what the next start removes.
         service.crash().await;

@@ -130,6 +130,14 @@ impl Links {
         self.0.change(Request::new(libc::RTM_NEWLINK, 0).payload(&ifinfo(index, true)))
     }
 
+    /// Gives a link this hardware address.
+    pub fn set_mac(&mut self, index: u32, mac: [u8; 6]) -> io::Result<()> {
+        let request = Request::new(libc::RTM_NEWLINK, 0)
+            .payload(&ifinfo(index, false))
+            .attribute(libc::IFLA_ADDRESS, &mac);
+        self.0.change(request)
+    }
+
     /// Sets a link up that gets no addresses but those it is given.
     pub fn up_bare(&mut self, index: u32) -> io::Result<()> {
         // First, and by itself: flags come before it in one message.

@@ -36,6 +36,9 @@ const ANY_V6: (std::net::IpAddr, u8) = (std::net::IpAddr::V6(Ipv6Addr::UNSPECIFI
 /// each end told the other's, nobody asks, which for IPv6 would need yet another address.
 const HERE: [u8; 6] = [0x02, 0x72, 0x74, 0, 0, 1];
 const THERE: [u8; 6] = [0x02, 0x72, 0x74, 0, 0, 2];
+/// Hardware address of every guest's gateway: a workspace that comes back from a pause remembers it,
+/// and would send to the old one for seconds.
+const GATEWAY: [u8; 6] = [0x02, 0x72, 0x74, 0, 0, 3];
 
 /// What every part of a slot can reach: also its name server, which lives in a task.
 #[derive(Debug)]
@@ -240,6 +243,7 @@ impl Inside {
         let addresses = plan.addresses(number);
         links.up(1).map_err(failed("loopback"))?;
         let tap = links.index(TAP)?;
+        links.set_mac(tap, GATEWAY).map_err(failed("tap's hardware address"))?;
         links.up_bare(tap).map_err(failed("tap"))?;
         links.address(tap, addresses.gateway.into(), GUEST_PREFIX).map_err(failed("gateway"))?;
         let up = links.index(UP)?;

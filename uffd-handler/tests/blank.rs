@@ -9,6 +9,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -16,6 +17,9 @@ use uffd_handler::fdpass;
 
 /// A shell that waits. Where the shim has no effect, it says something and ends.
 fn waiting() -> (Child, OwnedFd) {
+    // Between its making and the start of the child, any other child would inherit the socket.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _turn = ONE_AT_A_TIME.lock().unwrap();
     let (family, flags) = (AddressFamily::Unix, SockFlag::empty());
     let (here, there) = socketpair(family, SockType::SeqPacket, None, flags).unwrap();
     // Ours alone: the end of the connection is to be seen in the child.

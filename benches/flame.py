@@ -11,7 +11,7 @@ import re
 import subprocess
 
 HERTZ = 199
-# A tenth of the usual 64 KiB: deep enough for all that matters here, and the file stays small.
+# Of each stack, that much is kept: perf's own default, deep enough for all that matters here.
 STACK_BYTES = 8192
 WIDTH, ROW = 1200, 16
 # Narrower boxes cannot be seen.

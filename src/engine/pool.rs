@@ -23,10 +23,10 @@ use crate::{live, log};
 /// Longest pause between two attempts after a restore failed.
 const MAX_BACKOFF: Duration = Duration::from_secs(10);
 /// A pool from which something was taken within this time has no time for more than the least
-/// How long a template that no VM is parked for has a spare VMM after a claim.
-const SPARE_LINGERS: Duration = Duration::from_secs(600);
 /// warm-up: the next claim may need the VM.
 const BUSY: Duration = Duration::from_secs(5);
+/// How long a template that no VM is parked for has a spare VMM after a claim.
+const SPARE_LINGERS: Duration = Duration::from_secs(600);
 /// How long after the last claim a restore starts: its answer has been read by then.
 const HEADWAY: Duration = Duration::from_millis(3);
 /// How long claims can keep a restore from starting.

@@ -114,7 +114,7 @@ pub struct Network {
 #[derive(Debug)]
 struct Kept {
     until: Instant,
-    mac: [u8; 6],
+    mac: String,
     lease: Lease,
 }
 
@@ -230,12 +230,12 @@ impl Network {
         mac: &str,
         before: Option<&Addresses>,
     ) -> Result<Lease, NetworkError> {
-        let mac = parse_mac(mac).ok_or_else(|| {
-            NetworkError::Rules(io::Error::new(io::ErrorKind::InvalidInput, mac.to_owned()))
-        })?;
         if let Some(lease) = before.and_then(|addresses| self.kept(mac, addresses)) {
             return Ok(lease);
         }
+        let mac = parse_mac(mac).ok_or_else(|| {
+            NetworkError::Rules(io::Error::new(io::ErrorKind::InvalidInput, mac.to_owned()))
+        })?;
         let same = match before {
             Some(addresses) => self.same(addresses).await,
             None => None,
@@ -261,10 +261,11 @@ impl Network {
     /// Keeps the slot of a VM that was paused for a moment: coming back at once it finds everything
     /// as it was.
     pub fn keep(self: &Arc<Self>, lease: Lease, mac: &str) {
-        let (Some(mac), false) = (parse_mac(mac), self.closed.load(Ordering::Relaxed)) else {
+        if self.closed.load(Ordering::Relaxed) {
             return;
-        };
-        lock(&self.kept).push(Kept { until: Instant::now() + KEEP, mac, lease });
+        }
+        let kept = Kept { until: Instant::now() + KEEP, mac: mac.to_owned(), lease };
+        lock(&self.kept).push(kept);
         let network = Arc::downgrade(self);
         tokio::spawn(async move {
             tokio::time::sleep(KEEP).await;
@@ -276,12 +277,11 @@ impl Network {
 
     /// The VM will not come back.
     pub fn let_go(&self, mac: &str) {
-        let Some(mac) = parse_mac(mac) else { return };
         let gone: Vec<Kept> = lock(&self.kept).extract_if(.., |kept| kept.mac == mac).collect();
         drop(gone);
     }
 
-    fn kept(&self, mac: [u8; 6], addresses: &Addresses) -> Option<Lease> {
+    fn kept(&self, mac: &str, addresses: &Addresses) -> Option<Lease> {
         let mut kept = lock(&self.kept);
         let is = |k: &Kept| k.mac == mac && k.lease.addresses() == addresses;
         let at = kept.iter().position(is)?;

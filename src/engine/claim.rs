@@ -13,7 +13,7 @@ use super::Engine;
 use super::db::DbError;
 use super::identity::Owner;
 use super::lifecycle::{self, Reidentified, RestoreError, millis};
-use super::parked::Parked;
+use super::parked::Warm;
 use super::quota::{QuotaError, Size};
 use super::sandbox::{OnTimeout, Origin, Sandbox, SandboxData};
 use super::template::{ReadyTemplate, TemplateState};
@@ -25,8 +25,8 @@ use crate::net::policy::Policy;
 
 /// By then a caller has the answer that it has a sandbox.
 pub(super) const TOLD: Duration = Duration::from_millis(3);
-/// Parked VMs tried before one is restored on the spot.
-const PARKED_TRIES: u32 = 3;
+/// VMs of the pool tried before one is restored on the spot.
+const WARM_TRIES: u32 = 3;
 
 /// What is asked for.
 #[derive(Debug, Clone)]
@@ -170,18 +170,18 @@ impl Engine {
         };
         let mut tries = 0;
         let (vm, origin) = loop {
-            let parked = if tries < PARKED_TRIES { self.take_parked(template) } else { None };
-            let Some(parked) = parked else {
+            let warm = if tries < WARM_TRIES { self.take_warm(template) } else { None };
+            let Some(warm) = warm else {
                 break (self.restore_now(template, &owner, started).await?, Origin::Restored);
             };
             tries += 1;
-            // Before the guest runs.
-            if let Err(e) = parked.inner.set_policy(&owner.network).await {
-                self.discard(parked.inner, &e).await;
+            // Before it is anybody's.
+            if let Err(e) = warm.inner.set_policy(&owner.network).await {
+                self.discard(warm.inner, &e).await;
                 continue;
             }
             let network = started.elapsed();
-            match parked.hand_over(&owner).await {
+            match warm.hand_over(&owner).await {
                 Ok(mut vm) => {
                     vm.timings.insert("network".to_owned(), millis(network));
                     break (vm, Origin::Warm);
@@ -223,7 +223,7 @@ impl Engine {
         lifecycle::restore(&self.context, template, Some(owner)).await
     }
 
-    fn take_parked(&self, template: &ReadyTemplate) -> Option<Parked> {
+    fn take_warm(&self, template: &ReadyTemplate) -> Option<Warm> {
         self.pool_of(template).and_then(|pool| pool.take())
     }
 

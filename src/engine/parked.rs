@@ -1,7 +1,9 @@
-//! Parked VMs: identity proven, warmed, paused, nobody's yet.
+//! Warm VMs: identity proven, a claim rehearsed, nobody's yet.
 //!
 //! ```text
-//! Reidentified --rehearse, pause--> Parked --hand over--> Reidentified, somebody's
+//! Reidentified --rehearse--> Warm, runs --settle, rehearse, pause--> Warm, parked
+//!                              |                                        |
+//!                              +---------------- hand over -------------+--> Reidentified, somebody's
 //! ```
 
 use std::time::{Duration, Instant};
@@ -24,18 +26,22 @@ use crate::net::policy::Policy;
 const CLAIM_DEADLINE: Duration = Duration::from_secs(3);
 /// How long the first command may take, of which every page and instruction is cold.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(10);
-/// Hand-overs rehearsed before a VM is parked. The first brings in the pages; an emulator
-/// translates code on its first runs, and the third is as fast as any later one.
-const REHEARSALS: u32 = 3;
+/// Hand-overs rehearsed at once: the first brings in the pages, and an emulator translates code on its
+/// first runs.
+const REHEARSALS: u32 = 2;
+/// And before the VM is parked: after it has been idle, a claim takes other ways through its kernel.
+const LAST_REHEARSALS: u32 = 3;
 
-/// A VM with an identity of its own, paused, waiting for a claim.
+/// A VM with an identity of its own that waits for a claim.
 #[derive(Debug)]
-pub struct Parked {
-    /// The machine; its vCPUs do not run.
+pub struct Warm {
+    /// The machine.
     pub inner: Reidentified,
+    /// Its vCPUs do not run.
+    pub parked: bool,
 }
 
-/// How much a VM is warmed before it is parked.
+/// How much is rehearsed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WarmUp {
     /// A claim: its pages and code are there afterwards.
@@ -44,64 +50,59 @@ pub enum WarmUp {
     ClaimAndCommand,
 }
 
-/// The whole way from a template to a parked VM, at a priority that costs claims nothing.
+/// From a template to a VM that can be claimed and still runs, at a priority that costs claims nothing.
 pub async fn restore(
     context: &RestoreContext,
     template: &ReadyTemplate,
     warm_up: WarmUp,
-) -> Result<Parked, RestoreError> {
+) -> Result<Warm, RestoreError> {
     let started = Instant::now();
     let spawned = Spawned::spawn(context, template, Priority::Background).await?;
     let pid = spawned.record().process.pid;
     let restored = async {
-        let running = spawned.finish(started, None).await?;
-        park(running, context, warm_up).await
+        let mut vm = spawned.finish(started, None).await?;
+        match vm.rehearse(warm_up).await {
+            Ok(()) => Ok(Warm { inner: vm, parked: false }),
+            Err(e) => Err(give_up(vm, context, e).await),
+        }
     };
-    tokio::pin!(restored);
+    not_starved(pid, restored).await
+}
+
+/// Goes on at normal priority when it takes too long: a host that is busy for good must not keep the
+/// pool empty for good.
+async fn not_starved<T>(pid: i32, work: impl Future<Output = T>) -> T {
+    tokio::pin!(work);
     tokio::select! {
-        done = &mut restored => done,
+        done = &mut work => done,
         () = tokio::time::sleep(priority::PATIENCE) => {
-            // A host that is busy for good must not keep the pool empty for good.
             priority::set(pid, Priority::Normal);
-            restored.await
+            work.await
         }
     }
 }
 
-/// Warms a VM, stops its vCPUs and writes down that it may be claimed.
-async fn park(
-    mut vm: Reidentified,
-    context: &RestoreContext,
-    warm_up: WarmUp,
-) -> Result<Parked, RestoreError> {
-    let attempt = async {
-        if warm_up == WarmUp::ClaimAndCommand {
-            vm.rehearse_command().await?;
-            vm.reconnect().await?;
-        }
-        for _ in 0..REHEARSALS {
-            vm.rehearse_claim().await?;
-        }
-        vm.machine.vm.pause().await?;
-        // It does not run, so it reaches nothing, and takes no time from anybody: what most claims will
-        // want is set ahead.
-        vm.set_policy(&Policy::default()).await?;
-        vm.machine.vm.set_priority(Priority::Normal);
-        context.db.vm_parked(&vm.id, &vm.identity).await?;
-        Ok(())
-    };
-    match attempt.await {
-        Ok(()) => Ok(Parked { inner: vm }),
-        Err(e) => {
-            let id = vm.id.clone();
-            vm.machine.destroy().await;
-            context.db.vm_gone(&id).await?;
-            Err(e)
-        }
+async fn give_up(vm: Reidentified, context: &RestoreContext, why: RestoreError) -> RestoreError {
+    let id = vm.id.clone();
+    vm.machine.destroy().await;
+    match context.db.vm_gone(&id).await {
+        Ok(()) => why,
+        Err(e) => e.into(),
     }
 }
 
 impl Reidentified {
+    async fn rehearse(&mut self, warm_up: WarmUp) -> Result<(), RestoreError> {
+        if warm_up == WarmUp::ClaimAndCommand {
+            self.rehearse_command().await?;
+            self.reconnect().await?;
+        }
+        for _ in 0..REHEARSALS {
+            self.rehearse_claim().await?;
+        }
+        Ok(())
+    }
+
     /// One hand-over to nobody: the pages and translated code a claim needs are then there, and a VM
     /// that could not be claimed is found now instead of under a user's request. The token opens
     /// nothing; the file it is kept in is there then.
@@ -167,22 +168,47 @@ impl Reidentified {
         }
     }
 
-    fn agent_error(&self, step: &'static str, source: AgentError) -> RestoreError {
+    pub(super) fn agent_error(&self, step: &'static str, source: AgentError) -> RestoreError {
         RestoreError::Agent { id: self.id.clone(), step, source }
     }
 }
 
-impl Parked {
-    /// Lets the vCPUs run again and hands the VM over. The hand-over is sent before they run: it then
-    /// waits in the VM's port for no more than that.
+impl Warm {
+    /// Stops the vCPUs, after a last rehearsal, and writes down that it may be claimed.
+    pub async fn park(self, context: &RestoreContext) -> Result<Self, RestoreError> {
+        let Self { inner: vm, .. } = self;
+        let attempt = async {
+            for _ in 0..LAST_REHEARSALS {
+                vm.rehearse_claim().await?;
+            }
+            vm.machine.vm.pause().await?;
+            // It does not run, so it reaches nothing, and takes no time from anybody: what most claims
+            // will want is set ahead.
+            vm.set_policy(&Policy::default()).await?;
+            vm.machine.vm.set_priority(Priority::Normal);
+            context.db.vm_parked(&vm.id, &vm.identity).await?;
+            Ok(())
+        };
+        match not_starved(vm.machine.vm.record().process.pid, attempt).await {
+            Ok(()) => Ok(Self { inner: vm, parked: true }),
+            Err(e) => Err(give_up(vm, context, e).await),
+        }
+    }
+
+    /// Lets the vCPUs run, if they do not, and hands the VM over. The hand-over is sent before they run:
+    /// it then waits in the VM's port for no more than that.
     pub async fn hand_over(
         self,
         owner: &Owner,
     ) -> Result<Reidentified, (Reidentified, RestoreError)> {
-        let Self { inner: mut vm } = self;
+        let Self { inner: mut vm, parked } = self;
         let since = Instant::now();
         let resumed = async {
-            vm.machine.vm.resume().await?;
+            if parked {
+                vm.machine.vm.resume().await?;
+            } else {
+                vm.machine.vm.set_priority(Priority::Normal);
+            }
             let took = since.elapsed();
             failpoint::reached("claim.unparked").await;
             Ok(took)

@@ -1,10 +1,10 @@
-//! A template's warm pool: parked VMs, proven and paused, and the task that keeps their number up.
+//! A template's warm pool: VMs with a proven identity, and the task that keeps their number up.
 //!
-//! Nothing here runs on a timer: a claim, a death, a changed target or a finished restore wakes the
-//! refill. Refill runs at low priority and does not start a restore while a claim is under way.
+//! Nothing here polls: a claim, a death, a changed target or a finished restore wakes the refill.
+//! Refill runs at low priority and does not start a restore while a claim is under way.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use tracing::Instrument;
 use super::context::RestoreContext;
 use super::ids;
 use super::lifecycle::Spawned;
-use super::parked::{self, Parked, WarmUp};
+use super::parked::{self, Warm, WarmUp};
 use super::spare::Spare;
 use super::template::ReadyTemplate;
 use crate::{live, log};
@@ -31,12 +31,15 @@ const SPARE_LINGERS: Duration = Duration::from_secs(600);
 const HEADWAY: Duration = Duration::from_millis(3);
 /// How long claims can keep a restore from starting.
 const MOST_HEADWAY: Duration = Duration::from_millis(500);
-/// Restores under way at once for one pool.
+/// VMs restored or parked at once for one pool.
 const REFILL_CONCURRENCY: u32 = 2;
+/// How long a VM runs before it is parked. What its kernel and services do every now and then would
+/// else be done for the first time in the midst of its claim.
+const SETTLE: Duration = Duration::from_millis(700);
 
 #[derive(Debug)]
 struct Entry {
-    parked: Parked,
+    vm: Warm,
     // Watches the process; aborted when the VM is taken.
     watcher: AbortHandle,
 }
@@ -48,9 +51,10 @@ pub struct Pool {
     pub template: Arc<ReadyTemplate>,
     context: RestoreContext,
     target: AtomicU32,
-    restoring: AtomicU32,
+    // Restores and parkings under way.
+    busy: AtomicU32,
     misses: AtomicU64,
-    closed: AtomicBool,
+    closed: watch::Sender<bool>,
     ended: watch::Sender<bool>,
     last_taken: Mutex<Option<Instant>>,
     ready: Mutex<VecDeque<Entry>>,
@@ -67,7 +71,7 @@ pub struct PoolNumbers {
     pub target: u32,
     /// VMs parked.
     pub ready: u32,
-    /// VMs being restored.
+    /// VMs on their way there. Those that have a proven identity can be claimed already.
     pub restoring: u32,
     /// Claims that found it empty.
     pub misses_total: u64,
@@ -85,9 +89,9 @@ impl Pool {
             template,
             context,
             target: AtomicU32::new(target),
-            restoring: AtomicU32::new(0),
+            busy: AtomicU32::new(0),
             misses: AtomicU64::new(0),
-            closed: AtomicBool::new(false),
+            closed: watch::Sender::new(false),
             ended: watch::Sender::new(false),
             last_taken: Mutex::new(None),
             ready: Mutex::new(VecDeque::new()),
@@ -99,10 +103,13 @@ impl Pool {
 
     /// Its numbers now.
     pub fn numbers(&self) -> PoolNumbers {
+        let busy = self.busy.load(Ordering::Relaxed);
+        let entries = self.entries();
+        let ready = entries.iter().filter(|e| e.vm.parked).count() as u32;
         PoolNumbers {
             target: self.target.load(Ordering::Relaxed),
-            ready: self.entries().len() as u32,
-            restoring: self.restoring.load(Ordering::Relaxed),
+            ready,
+            restoring: busy + entries.len() as u32 - ready,
             misses_total: self.misses.load(Ordering::Relaxed),
         }
     }
@@ -115,15 +122,19 @@ impl Pool {
         self.spare.look_again();
     }
 
-    /// Takes a parked VM, or counts a miss.
-    pub fn take(&self) -> Option<Parked> {
+    /// Takes a VM, parked if there is one, or counts a miss.
+    pub fn take(&self) -> Option<Warm> {
         *self.last_taken() = Some(Instant::now());
-        let entry = self.entries().pop_front();
+        let entry = {
+            let mut entries = self.entries();
+            let at = entries.iter().position(|e| e.vm.parked).unwrap_or(0);
+            entries.remove(at)
+        };
         live::changed();
         if let Some(entry) = entry {
             entry.watcher.abort();
             self.wake.notify_one();
-            return Some(entry.parked);
+            return Some(entry.vm);
         }
         self.misses.fetch_add(1, Ordering::Relaxed);
         metrics::counter!("rethaw_pool_misses_total", "template" => self.template.name.clone())
@@ -133,25 +144,24 @@ impl Pool {
         None
     }
 
-    /// Takes the spawned VMM that waits for a claim that finds no parked VM.
+    /// Takes the spawned VMM that waits for a claim that finds no VM.
     pub fn take_spare(&self) -> Option<Spawned> {
         let mut spawned = self.spare.take()?;
         spawned.wanted();
         Some(spawned)
     }
 
-    /// Puts in a VM that is parked already.
-    pub fn put(self: &Arc<Self>, parked: Parked) {
-        let vm = Arc::clone(&parked.inner.machine.vm);
-        let (pool, id) = (Arc::clone(self), parked.inner.id.clone());
+    fn put(self: &Arc<Self>, vm: Warm) {
+        let process = Arc::clone(&vm.inner.machine.vm);
+        let (pool, id) = (Arc::clone(self), vm.inner.id.clone());
         // The entry must be in before its watcher can look for it.
         let mut entries = self.entries();
         let watcher = tokio::spawn(async move {
-            let reason = vm.exited().await;
-            drop(vm);
+            let reason = process.exited().await;
+            drop(process);
             pool.remove_dead(&id, &reason.to_string()).await;
         });
-        entries.push_back(Entry { parked, watcher: watcher.abort_handle() });
+        entries.push_back(Entry { vm, watcher: watcher.abort_handle() });
         drop(entries);
         live::changed();
     }
@@ -173,22 +183,17 @@ impl Pool {
         let mut restores = JoinSet::new();
         let mut backoff = Duration::ZERO;
         loop {
-            if self.closed.load(Ordering::Relaxed) {
+            if *self.closed.borrow() {
                 break;
             }
             self.drop_surplus().await;
             while self.wants_more() {
-                self.restoring.fetch_add(1, Ordering::Relaxed);
-                live::changed();
-                let pool = Arc::clone(self);
-                let wait = backoff;
-                restores.spawn(async move { pool.restore_one(wait).await });
+                let (busy, wait) = (Busy::new(self), backoff);
+                restores.spawn(async move { busy.restore_one(wait).await });
             }
             tokio::select! {
                 () = self.wake.notified() => {}
                 Some(done) = restores.join_next(), if !restores.is_empty() => {
-                    self.restoring.fetch_sub(1, Ordering::Relaxed);
-                    live::changed();
                     backoff = match done {
                         Ok(true) => Duration::ZERO,
                         _ => (backoff * 2).clamp(Duration::from_millis(100), MAX_BACKOFF),
@@ -198,15 +203,13 @@ impl Pool {
         }
         // A restore under way is finished and then destroyed: aborting it would leave its clean-up
         // to whoever drops the pieces.
-        while restores.join_next().await.is_some() {
-            self.restoring.fetch_sub(1, Ordering::Relaxed);
-        }
+        while restores.join_next().await.is_some() {}
         self.destroy_all().await;
     }
 
     /// Ends [`Pool::run`], which then destroys every parked VM.
     pub fn close(&self) {
-        self.closed.store(true, Ordering::Relaxed);
+        let _ = self.closed.send_replace(true);
         self.wake.notify_one();
         self.spare.close();
     }
@@ -230,44 +233,43 @@ impl Pool {
 
     fn wants_more(&self) -> bool {
         let n = self.numbers();
-        n.ready + n.restoring < n.target && n.restoring < REFILL_CONCURRENCY
+        n.ready + n.restoring < n.target && self.busy.load(Ordering::Relaxed) < REFILL_CONCURRENCY
     }
 
-    async fn restore_one(self: &Arc<Self>, wait: Duration) -> bool {
-        tokio::time::sleep(wait).await;
+    /// Lets a VM run for a while, unless it is claimed or the pool is closed before, and parks it.
+    async fn settle(self: &Arc<Self>, id: &str) -> bool {
+        let mut closed = self.closed.subscribe();
+        if tokio::time::timeout(SETTLE, closed.wait_for(|closed| *closed)).await.is_ok() {
+            return true;
+        }
         let_claims_go_first(&self.claims).await;
-        let started = Instant::now();
-        let warm_up = if self.is_busy() { WarmUp::Claim } else { WarmUp::ClaimAndCommand };
-        // Named like a request, in all logs; and so the agent is asked just as it will be.
-        let span =
-            tracing::info_span!(log::REQUEST, id = %ids::new_id(), refill = %self.template.name);
-        match parked::restore(&self.context, &self.template, warm_up).instrument(span).await {
-            Ok(parked) => {
-                self.put(parked);
-                let name = self.template.name.clone();
-                metrics::histogram!("rethaw_pool_refill_duration_seconds", "template" => name)
-                    .record(started.elapsed().as_secs_f64());
-                true
-            }
+        let busy = Busy::new(self);
+        let Some(entry) = self.remove(id) else { return true };
+        entry.watcher.abort();
+        match entry.vm.park(&self.context).await {
+            Ok(parked) => self.put(parked),
             Err(e) => {
-                tracing::error!(template = %self.template.name, "refill: {e}");
-                false
+                tracing::error!(template = %self.template.name, "parking: {e}");
+                return false;
             }
         }
+        drop(busy);
+        true
+    }
+
+    fn remove(&self, id: &str) -> Option<Entry> {
+        let mut entries = self.entries();
+        let at = entries.iter().position(|e| e.vm.inner.id == id);
+        at.and_then(|at| entries.remove(at))
     }
 
     async fn remove_dead(&self, id: &str, reason: &str) {
-        let entry = {
-            let mut entries = self.entries();
-            let at = entries.iter().position(|e| e.parked.inner.id == id);
-            at.and_then(|at| entries.remove(at))
-        };
-        let Some(entry) = entry else { return };
+        let Some(entry) = self.remove(id) else { return };
         live::changed();
-        tracing::warn!(vm = id, "parked VM {reason}; replacing it");
+        tracing::warn!(vm = id, "warm VM {reason}; replacing it");
         metrics::counter!("rethaw_pool_deaths_total", "template" => self.template.name.clone())
             .increment(1);
-        self.destroy(entry.parked).await;
+        self.destroy(entry.vm).await;
         self.wake.notify_one();
     }
 
@@ -281,7 +283,7 @@ impl Pool {
             let Some(entry) = entry else { return };
             entry.watcher.abort();
             live::changed();
-            self.destroy(entry.parked).await;
+            self.destroy(entry.vm).await;
         }
     }
 
@@ -289,13 +291,13 @@ impl Pool {
         loop {
             let Some(entry) = self.entries().pop_back() else { return };
             entry.watcher.abort();
-            self.destroy(entry.parked).await;
+            self.destroy(entry.vm).await;
         }
     }
 
-    async fn destroy(&self, parked: Parked) {
-        let id = parked.inner.id.clone();
-        parked.inner.machine.destroy().await;
+    async fn destroy(&self, vm: Warm) {
+        let id = vm.inner.id.clone();
+        vm.inner.machine.destroy().await;
         if let Err(e) = self.context.db.vm_gone(&id).await {
             tracing::error!(vm = %id, "{e}");
         }
@@ -303,6 +305,54 @@ impl Pool {
 
     fn entries(&self) -> std::sync::MutexGuard<'_, VecDeque<Entry>> {
         self.ready.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// Something a pool has under way; when it is over the pool looks what is next.
+struct Busy(Arc<Pool>);
+
+impl Busy {
+    fn new(pool: &Arc<Pool>) -> Self {
+        pool.busy.fetch_add(1, Ordering::Relaxed);
+        live::changed();
+        Self(Arc::clone(pool))
+    }
+
+    /// Makes a VM that can be claimed, and stays with it until it is parked or taken.
+    async fn restore_one(self, wait: Duration) -> bool {
+        let pool = Arc::clone(&self.0);
+        tokio::time::sleep(wait).await;
+        let_claims_go_first(&pool.claims).await;
+        let started = Instant::now();
+        let warm_up = if pool.is_busy() { WarmUp::Claim } else { WarmUp::ClaimAndCommand };
+        let template = &pool.template.name;
+        // Named like a request, in all logs; and so the agent is asked just as it will be.
+        let span = tracing::info_span!(log::REQUEST, id = %ids::new_id(), refill = %template);
+        let restored = async {
+            match parked::restore(&pool.context, &pool.template, warm_up).await {
+                Ok(vm) => {
+                    let id = vm.inner.id.clone();
+                    pool.put(vm);
+                    metrics::histogram!("rethaw_pool_refill_duration_seconds", "template" => template.clone())
+                        .record(started.elapsed().as_secs_f64());
+                    drop(self);
+                    pool.settle(&id).await
+                }
+                Err(e) => {
+                    tracing::error!(%template, "refill: {e}");
+                    false
+                }
+            }
+        };
+        restored.instrument(span).await
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.busy.fetch_sub(1, Ordering::Relaxed);
+        live::changed();
+        self.0.wake.notify_one();
     }
 }
 

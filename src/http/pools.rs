@@ -21,7 +21,7 @@ pub struct PoolView {
     target: u32,
     /// VMs that wait
     ready: u32,
-    /// VMs on their way
+    /// VMs on their way; those with a proven identity can be claimed before they wait
     restoring: u32,
     /// Sandboxes of this template that are not paused
     claimed: u32,

@@ -92,7 +92,7 @@ pub const ALL: &[Metric] = &[
     timer("rethaw_fork_stop_duration_seconds", &[], "For how long a fork stopped its source"),
     gauge("rethaw_pool_ready", "VMs", &["template"], "Parked, with a proven identity"),
     gauge("rethaw_pool_target", "VMs", &["template"], "How many should be parked"),
-    gauge("rethaw_pool_restoring", "VMs", &["template"], "Being restored for the pool"),
+    gauge("rethaw_pool_restoring", "VMs", &["template"], "On their way to the pool"),
     counter("rethaw_pool_misses_total", "claims", &["template"], "Found the pool empty"),
     counter("rethaw_pool_deaths_total", "VMs", &["template"], "Died while parked; replaced"),
     timer(

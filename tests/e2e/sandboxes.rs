@@ -128,6 +128,30 @@ async fn pools_refill_and_an_empty_one_restores_on_the_spot() {
 }
 
 #[tokio::test]
+async fn a_vm_can_be_claimed_before_it_is_parked() {
+    let service = Service::start(0).await;
+    let refilled = "rethaw_pool_refill_duration_seconds_count{template=\"base\"} 1";
+    let target = json!({ "target": 1 });
+    service.client().json("PUT", "/v1/pools/base", &target).await.expect(200);
+    service
+        .until("a VM can be claimed", async || {
+            let metrics = service.client().get("/metrics").await.text();
+            metrics.lines().any(|line| line == refilled).then_some(())
+        })
+        .await;
+    let pool = service.client().get("/v1/pools/base").await.expect(200);
+    assert_eq!((&pool["ready"], &pool["restoring"]), (&json!(0), &json!(1)), "it settles");
+    let made = service.create_with(&json!({})).await;
+    assert_eq!(made["origin"], "warm");
+    assert_eq!(service.sh(&id(&made), "hostname").await, made["identity"]["hostname"]);
+    // Its place is filled again, and nobody parks a VM that is somebody's.
+    service.pool_full(1).await;
+    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    assert_eq!(service.sh(&id(&made), "echo alive").await, "alive");
+    service.stop().await;
+}
+
+#[tokio::test]
 async fn time_up_means_killed_or_paused_as_asked() {
     let service = Service::start(2).await;
     let killed = id(&service.create_with(&json!({ "timeout_seconds": 1 })).await);

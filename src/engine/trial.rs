@@ -17,6 +17,10 @@ use super::{Engine, lint};
 /// What a clone is expected to do first; its pages are the working set.
 const FIRST_COMMANDS: &[&[&str]] = &[&["/bin/true"], &["python3", "-c", "print(6 * 7)"]];
 const FIRST_COMMAND_DEADLINE: Duration = Duration::from_secs(60);
+/// Buffers of the guest's driver for what comes through the agent's port: as many as QEMU's queue is
+/// long. The driver uses one after the other, so that each message would meet a page nobody has used.
+const PORT_BUFFERS: usize = 128;
+const MESSAGE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Why a snapshot is not published.
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +94,10 @@ impl Engine {
                 Err(TrialError::Command { command: "python3", .. }) if checks.is_some() => {}
                 done => done?,
             }
+        }
+        for _ in 0..PORT_BUFFERS {
+            let asked = vm.machine.agent.health(MESSAGE_DEADLINE).await;
+            asked.map_err(|source| vm.agent_error("trial message", source))?;
         }
         if let Some(Checks { spec, template, log }) = checks {
             let env = trial.manifest.env.clone();

@@ -88,7 +88,7 @@ pub struct Process {
 
 impl Process {
     /// Starts `program` with exactly the descriptors named in `fds` as `(descriptor, number in the
-    /// child)`, in a session of its own so that a signal to the service's terminal misses it.
+    /// child)`, in a process group of its own so that a signal to the service's terminal misses it.
     pub fn spawn(
         mut command: std::process::Command,
         fds: Vec<(OwnedFd, i32)>,

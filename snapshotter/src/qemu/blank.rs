@@ -45,11 +45,21 @@ pub(super) struct Launch<'a> {
     pub(super) netns: Option<OwnedFd>,
     /// Its output is added to this file.
     pub(super) log: PathBuf,
+    /// Nobody waits for it.
+    pub(super) background: bool,
 }
 
 /// The one that waits.
 #[derive(Debug, Default)]
-pub(super) struct Blanks(Mutex<Option<Blank>>);
+pub(super) struct Blanks(Mutex<Slot>);
+
+#[derive(Debug, Default)]
+enum Slot {
+    #[default]
+    Empty,
+    Starting,
+    Waits(Blank),
+}
 
 #[derive(Debug)]
 struct Blank {
@@ -60,7 +70,16 @@ struct Blank {
 impl Blanks {
     /// Makes the one that waits what `launch` says; `None` if there is none, or it does not listen.
     pub(super) fn launch(&self, launch: &Launch<'_>) -> Option<Process> {
-        let blank = self.lock().take()?;
+        let blank = {
+            let mut slot = self.lock();
+            match std::mem::take(&mut *slot) {
+                Slot::Waits(blank) => blank,
+                other => {
+                    *slot = other;
+                    return None;
+                }
+            }
+        };
         match blank.become_(launch) {
             Ok(process) => Some(process),
             Err(e) => {
@@ -75,17 +94,26 @@ impl Blanks {
     pub(super) fn refill(self: &Arc<Self>, binary: &Path, shim: &Path) {
         let (blanks, binary, shim) = (Arc::clone(self), binary.to_owned(), shim.to_owned());
         tokio::task::spawn_blocking(move || {
-            let mut waiting = blanks.lock();
-            if waiting.is_none() {
-                match Blank::start(&binary, &shim) {
-                    Ok(blank) => *waiting = Some(blank),
-                    Err(e) => tracing::debug!("no QEMU started ahead: {e}"),
+            {
+                let mut slot = blanks.lock();
+                if !matches!(*slot, Slot::Empty) {
+                    return;
                 }
+                *slot = Slot::Starting;
             }
+            // Not under the lock: it takes as long as others leave it no time.
+            let started = Blank::start(&binary, &shim);
+            *blanks.lock() = match started {
+                Ok(blank) => Slot::Waits(blank),
+                Err(e) => {
+                    tracing::debug!("no QEMU started ahead: {e}");
+                    Slot::Empty
+                }
+            };
         });
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Blank>> {
+    fn lock(&self) -> MutexGuard<'_, Slot> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -98,10 +126,10 @@ impl Blank {
         // Where the shim has no effect, it says its version and ends.
         command.arg("--version").env_clear();
         command.env("LD_PRELOAD", shim).env(WAIT, WAIT_FD.to_string());
+        priority::start_in_background(&mut command);
         let log = Path::new("/dev/null");
         let process =
             Process::spawn(command, vec![(there, WAIT_FD)], log).map_err(std::io::Error::other)?;
-        priority::set(process.id().pid, Priority::Background);
         Ok(Self { process, socket: here })
     }
 
@@ -113,7 +141,9 @@ impl Blank {
         let message = launch.message(fds.iter().map(|(_, number)| *number));
         let descriptors: Vec<BorrowedFd<'_>> = fds.iter().map(|(fd, _)| *fd).collect();
         fdpass::send(self.socket.as_fd(), &message, &descriptors)?;
-        priority::set(self.process.id().pid, Priority::Normal);
+        if !launch.background {
+            priority::set(self.process.id().pid, Priority::Normal);
+        }
         Ok(self.process)
     }
 }

@@ -27,10 +27,12 @@ use async_trait::async_trait;
 use uffd_handler::supervisor::Supervisor;
 
 use crate::host::{self, Accelerator};
+use crate::priority;
 use crate::process::Process;
 use crate::tap;
 use crate::vmm::{
-    BootSpec, Compat, Driver, MemoryBackend, RestoreSpec, Shell, Vm, VmRecord, VmmError, VmmKind,
+    BootSpec, Compat, Driver, MemoryBackend, Priority, RestoreSpec, Shell, Vm, VmRecord, VmmError,
+    VmmKind,
 };
 use args::{AGENT_FD, Machine, Memory, QMP_FD, Start};
 use blank::{Blanks, Launch};
@@ -91,6 +93,7 @@ impl Qemu {
         machine: &Machine<'_>,
         mut fds: Vec<(OwnedFd, i32)>,
         env: Vec<(&'static str, String)>,
+        background: bool,
     ) -> Result<Process, VmmError> {
         for (name, number) in [("qmp.sock", QMP_FD), ("agent.sock", AGENT_FD)] {
             fds.push((listen(&run_dir.join(name))?.into(), number));
@@ -110,6 +113,7 @@ impl Qemu {
             fds,
             netns: netns.transpose()?,
             log: log_path(run_dir),
+            background,
         };
         if matches!(machine.start, Start::Kernel(..)) {
             return start(id, launch);
@@ -129,12 +133,13 @@ fn start(id: &str, launch: Launch<'_>) -> Result<Process, VmmError> {
     if let Some(netns) = launch.netns {
         tap::start_inside(&mut command, netns);
     }
-    Process::spawn(command, launch.fds, &launch.log).map_err(|source| VmmError::Process {
-        vmm: VMM,
-        id: id.to_owned(),
-        source,
-        log: String::new(),
-    })
+    let process = Process::spawn(command, launch.fds, &launch.log).map_err(|source| {
+        VmmError::Process { vmm: VMM, id: id.to_owned(), source, log: String::new() }
+    })?;
+    if launch.background {
+        priority::set(process.id().pid, Priority::Background);
+    }
+    Ok(process)
 }
 
 #[async_trait]
@@ -164,7 +169,8 @@ impl Driver for Qemu {
             console: Some(&spec.run_dir.join("console.log")),
             start: Start::Kernel(&spec.kernel, spec.initrd.as_deref(), &cmdline),
         };
-        let process = self.spawn(&spec.id, &spec.run_dir, &machine, Vec::new(), Vec::new())?;
+        let process =
+            self.spawn(&spec.id, &spec.run_dir, &machine, Vec::new(), Vec::new(), false)?;
         let record = VmRecord {
             id: spec.id.clone(),
             vmm: VmmKind::Qemu,

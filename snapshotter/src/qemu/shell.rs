@@ -72,10 +72,7 @@ pub(super) async fn prepare(driver: &Qemu, spec: &RestoreSpec) -> Result<QemuShe
         console: None,
         start: Start::Incoming,
     };
-    let process = driver.spawn(&spec.id, &spec.run_dir, &machine, fds, env)?;
-    if spec.background {
-        priority::set(process.id().pid, Priority::Background);
-    }
+    let process = driver.spawn(&spec.id, &spec.run_dir, &machine, fds, env, spec.background)?;
     let record = VmRecord {
         id: spec.id.clone(),
         vmm: VmmKind::Qemu,

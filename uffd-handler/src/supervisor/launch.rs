@@ -139,7 +139,7 @@ fn end_other(pid: i32, deadline: Instant) -> Result<(), StartError> {
     }
 }
 
-/// Starts a page server in a session of its own and waits until it is ready.
+/// Starts a page server in a process group of its own and waits until it is ready.
 fn launch(config: &SupervisorConfig) -> Result<Running, StartError> {
     let deadline = Instant::now() + config.deadline;
     let log = match &config.log {
@@ -160,14 +160,10 @@ fn launch(config: &SupervisorConfig) -> Result<Running, StartError> {
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(log);
-    // SAFETY: setsid is async-signal-safe and touches no memory.
-    unsafe {
-        command.pre_exec(|| {
-            // A session of its own: a signal to the service's terminal or group must not reach it.
-            nix::unistd::setsid().map_err(std::io::Error::from)?;
-            Ok(())
-        });
-    }
+    // A group of its own: a signal to the service's terminal or group must not reach it. Not a session
+    // of its own: the kernel would then share out the CPU between it and the VMs as if they were two
+    // users (`CONFIG_SCHED_AUTOGROUP`), and no priority would count between them.
+    command.process_group(0);
     let spawned = command.spawn();
     let mut child =
         spawned.map_err(|source| StartError::Spawn { binary: config.binary.clone(), source })?;

@@ -203,9 +203,6 @@ impl Soak {
 
     /// Holdings of service and page server when nothing is to be held.
     async fn at_rest(&mut self) -> [Holdings; 2] {
-        for id in self.sandboxes.keys().cloned().collect::<Vec<_>>() {
-            self.delete(&id).await;
-        }
         self.service.set_pool(0).await;
         // A service that was just started has a spare VMM only once somebody asked for a sandbox.
         self.create().await;

@@ -13,6 +13,7 @@ pub mod bitmap;
 pub mod control;
 pub mod fdpass;
 pub mod handshake;
+pub mod log_file;
 pub mod pager;
 pub mod pidfd;
 pub mod region;

@@ -6,10 +6,12 @@
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
+use uffd_handler::log_file::LogFile;
 use uffd_handler::pager::{PagerConfig, SpinPolicy, run};
 
 /// Serves the memory of lazily restored VMs.
@@ -25,6 +27,9 @@ struct Arguments {
     /// Microseconds to wait for a guest's next fault without sleeping; 0 always sleeps.
     #[arg(long, default_value_t = 100)]
     spin_micros: u64,
+    /// File to log to, also what goes to standard error otherwise; at 16 MiB it becomes `FILE.1`.
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
     /// Log filter, such as `info` or `uffd_handler=debug`.
     #[arg(long, default_value = "info")]
     log_level: String,
@@ -32,11 +37,17 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(&arguments.log_level))
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .init();
+        .with_ansi(false);
+    match arguments.log.as_deref().map(LogFile::as_stderr).transpose() {
+        Ok(None) => log.with_writer(std::io::stderr).init(),
+        Ok(Some(file)) => log.with_writer(Mutex::new(file)).init(),
+        Err(error) => {
+            log.with_writer(std::io::stderr).init();
+            tracing::error!(%error, "log file");
+        }
+    }
     // A thread that panics must not leave its VM standing still: the whole process goes, and the
     // service starts another one that takes all VMs over.
     let print = std::panic::take_hook();

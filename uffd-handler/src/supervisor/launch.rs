@@ -142,14 +142,6 @@ fn end_other(pid: i32, deadline: Instant) -> Result<(), StartError> {
 /// Starts a page server in a process group of its own and waits until it is ready.
 fn launch(config: &SupervisorConfig) -> Result<Running, StartError> {
     let deadline = Instant::now() + config.deadline;
-    let log = match &config.log {
-        None => Stdio::inherit(),
-        Some(path) => {
-            let file = std::fs::File::options().create(true).append(true).open(path);
-            let what = path.display().to_string();
-            Stdio::from(file.map_err(|source| StartError::Io { what, source })?)
-        }
-    };
     let mut command = Command::new(&config.binary);
     command
         .arg("--socket")
@@ -159,7 +151,10 @@ fn launch(config: &SupervisorConfig) -> Result<Running, StartError> {
         .args(["--log-level", &config.log_level])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(log);
+        .stderr(Stdio::inherit());
+    if let Some(log) = &config.log {
+        command.arg("--log").arg(log);
+    }
     // A group of its own: a signal to the service's terminal or group must not reach it. Not a session
     // of its own: the kernel would then share out the CPU between it and the VMs as if they were two
     // users (`CONFIG_SCHED_AUTOGROUP`), and no priority would count between them.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, fcntl_lock};
 use sha2::{Digest, Sha256};
 use snapshotter::priority;
 use snapshotter::vmm::MachineSize;
@@ -186,7 +186,9 @@ fn lock_home(home: &Path) -> anyhow::Result<File> {
     let path = home.join("lock");
     let file = File::options().create(true).truncate(false).write(true).open(&path);
     let file = file.with_context(|| format!("cannot open {}", path.display()))?;
-    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+    // Of this process, and not of the open file: a child that has not loaded its program yet, on a busy
+    // host, would keep the home from the next service when this one is killed.
+    if fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
         bail!(
             "another rethaw service already uses {}; stop it or choose another --home",
             home.display()

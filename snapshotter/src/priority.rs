@@ -7,8 +7,6 @@
 #![allow(unsafe_code)]
 
 use std::convert::Infallible;
-use std::os::unix::process::CommandExt;
-use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -66,18 +64,6 @@ pub fn set(pid: i32, priority: Priority) {
     }
 }
 
-/// Has a command run in the background from before its program is loaded. Whoever starts it waits as
-/// long as others leave it no time.
-pub fn start_in_background(command: &mut Command) {
-    // SAFETY: the closure makes one system call, which allocates nothing and takes no lock.
-    unsafe {
-        command.pre_exec(|| {
-            set_policy_of(0, libc::SCHED_IDLE);
-            Ok(())
-        });
-    }
-}
-
 /// A step in the background that takes longer than this is being starved.
 pub const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -90,12 +76,9 @@ pub async fn starved(pid: i32) -> Infallible {
 }
 
 fn set_policy(tid: Pid, policy: i32) {
-    set_policy_of(tid.as_raw_nonzero().get(), policy);
-}
-
-fn set_policy_of(tid: i32, policy: i32) {
     // SAFETY: all-zero is a valid `sched_param`; it is only read by the call.
     let param: libc::sched_param = unsafe { std::mem::zeroed() };
     // SAFETY: `param` lives for the call, which changes nothing in this process's memory.
-    let _ = unsafe { libc::sched_setscheduler(tid, policy, &raw const param) };
+    let _ =
+        unsafe { libc::sched_setscheduler(tid.as_raw_nonzero().get(), policy, &raw const param) };
 }

@@ -75,7 +75,10 @@ mod tests {
             log.write_all(line.as_bytes()).unwrap();
         }
         let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
-        assert_eq!((read("log.1").as_str(), read("log").as_str()), ("before\none\nfour\n", "seven\n"));
+        assert_eq!(
+            (read("log.1").as_str(), read("log").as_str()),
+            ("before\none\nfour\n", "seven\n")
+        );
         for line in ["a line longer than it may be\n", "last\n"] {
             log.write_all(line.as_bytes()).unwrap();
         }

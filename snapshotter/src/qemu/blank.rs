@@ -126,10 +126,12 @@ impl Blank {
         // Where the shim has no effect, it says its version and ends.
         command.arg("--version").env_clear();
         command.env("LD_PRELOAD", shim).env(WAIT, WAIT_FD.to_string());
-        priority::start_in_background(&mut command);
         let log = Path::new("/dev/null");
         let process =
             Process::spawn(command, vec![(there, WAIT_FD)], log).map_err(std::io::Error::other)?;
+        // Not earlier: until its program is loaded it has all that is the service's open, and a
+        // service that died and is started again would not get that.
+        priority::set(process.id().pid, Priority::Background);
         Ok(Self { process, socket: here })
     }
 

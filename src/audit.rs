@@ -4,14 +4,15 @@
 //! on, and of those [`KEPT`] stay. Requests that only look are not in it, but refused ones of any
 //! kind are. Bodies are not: they may hold secrets.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::mpsc::{SyncSender, sync_channel};
 
 use serde::Serialize;
 use time::OffsetDateTime;
+use uffd_handler::log_file::LogFile;
 
 /// Size at which a new file is begun.
 const MAX_BYTES: u64 = 16 << 20;
@@ -78,7 +79,7 @@ impl Audit {
         let write = move || {
             for line in queue {
                 if let Err(e) = log.append(&line) {
-                    tracing::error!("audit log {}: {e}", log.path.display());
+                    tracing::error!("audit log {}: {e}", log.0.path().display());
                     metrics::counter!("rethaw_audit_lost_total").increment(1);
                 }
             }
@@ -97,43 +98,18 @@ impl Audit {
     }
 }
 
-struct Log {
-    path: PathBuf,
-    file: File,
-    bytes: u64,
-}
+struct Log(LogFile);
 
 impl Log {
     fn open(path: &Path) -> io::Result<Self> {
-        let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
-        let bytes = file.metadata()?.len();
-        Ok(Self { path: path.to_owned(), file, bytes })
+        let mut options = File::options();
+        options.mode(0o600);
+        LogFile::open(path, options, MAX_BYTES, KEPT).map(Self)
     }
 
     fn append(&mut self, line: &[u8]) -> io::Result<()> {
-        if self.bytes > 0 && self.bytes + line.len() as u64 > MAX_BYTES {
-            self.rotate()?;
-        }
-        self.file.write_all(line)?;
-        self.bytes += line.len() as u64;
-        Ok(())
-    }
-
-    fn rotate(&mut self) -> io::Result<()> {
-        let older = |n: u32| {
-            let mut name = self.path.clone().into_os_string();
-            name.push(format!(".{n}"));
-            PathBuf::from(name)
-        };
-        for n in (1..KEPT).rev() {
-            match std::fs::rename(older(n), older(n + 1)) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-                _ => {}
-            }
-        }
-        std::fs::rename(&self.path, older(1))?;
-        *self = Self::open(&self.path)?;
-        Ok(())
+        self.0.make_room(line.len())?;
+        self.0.write_all(line)
     }
 }
 

@@ -31,7 +31,7 @@ const SPARE_LINGERS: Duration = Duration::from_secs(600);
 const HEADWAY: Duration = Duration::from_millis(3);
 /// How long claims can keep a restore from starting.
 const MOST_HEADWAY: Duration = Duration::from_millis(500);
-/// VMs restored or parked at once for one pool.
+/// With so many being restored or parked, a pool starts no other restore.
 const REFILL_CONCURRENCY: u32 = 2;
 /// How long a VM runs before it is parked. What its kernel and services do every now and then would
 /// else be done for the first time in the midst of its claim.

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
-use uffd_handler::log_file::LogFile;
+use uffd_handler::log_file::StderrLog;
 use uffd_handler::pager::{PagerConfig, SpinPolicy, run};
 
 /// Serves the memory of lazily restored VMs.
@@ -40,7 +40,7 @@ fn main() -> ExitCode {
     let log = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(&arguments.log_level))
         .with_ansi(false);
-    match arguments.log.as_deref().map(LogFile::as_stderr).transpose() {
+    match arguments.log.as_deref().map(StderrLog::open).transpose() {
         Ok(None) => log.with_writer(std::io::stderr).init(),
         Ok(Some(file)) => log.with_writer(Mutex::new(file)).init(),
         Err(error) => {

@@ -26,7 +26,8 @@ pub fn run(json: bool) -> anyhow::Result<ExitCode> {
     let kvm = runtime.block_on(kvm());
     let firecracker = runtime.block_on(firecracker(&home));
     let network = runtime.block_on(network());
-    let checks = [userfaultfd(), binaries(), qemu(), kvm, firecracker, network, leftovers()];
+    let checks =
+        [userfaultfd(), binaries(), qemu(), kvm, firecracker, network, real_time(), leftovers()];
     let broken = checks.iter().any(|c| c.required && !c.ok);
     if json {
         println!("{}", serde_json::to_string_pretty(&serde_json::json!({"checks": checks}))?);
@@ -110,6 +111,15 @@ fn leftovers() -> Check {
         Err(e) => (false, format!("not looked for: {e}")),
     };
     Check { name: "leftovers", ok, required: false, detail }
+}
+
+fn real_time() -> Check {
+    let ok = snapshotter::priority::real_time_is_allowed();
+    let detail = match ok {
+        true => "the service can go before the VMs it serves",
+        false => "claims wait for other work on a busy host: CAP_SYS_NICE or LimitRTPRIO=2 is missing",
+    };
+    Check { name: "real-time", ok, required: false, detail: detail.to_owned() }
 }
 
 async fn network() -> Check {

@@ -44,15 +44,26 @@ pub fn run(options: ServeOptions) -> anyhow::Result<()> {
     failpoint::arm()?;
     // Asked by a thread that is not preferred yet.
     priority::own_nice();
+    if options.no_real_time {
+        priority::forbid_real_time();
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .on_thread_start(priority::prefer_this_thread)
+        // Only those that serve requests park; those that may block do not.
+        .on_thread_park(|| HURRIES.with(|hurries| hurries.call_once(priority::hurry_this_thread)))
         .build()?;
-    runtime.block_on(async {
+    // Not on this thread, which is no worker.
+    let serving = runtime.spawn(async {
         let unix = options.unix_socket.as_deref();
         let listeners = Listeners::bind(&options.listen, unix, options.tls.clone()).await?;
         serve(options, listeners, stop_signal()?).await
-    })
+    });
+    runtime.block_on(serving)?
+}
+
+thread_local! {
+    static HURRIES: std::sync::Once = const { std::sync::Once::new() };
 }
 
 /// Resolves when the process is asked to stop.

@@ -3,11 +3,17 @@
 //! A refill must not cost a claim anything. A nice value is not enough for that: the kernel's EEVDF
 //! scheduler lets a running thread finish its slice (up to 3 ms) whatever its nice value, at every
 //! wake-up of a claim. A `SCHED_IDLE` thread is preempted at once; and one that asks for slices shorter
-//! than the usual preempts those that do not, which is how the service gets past the VMs it serves.
+//! than the usual preempts those that do not.
+//!
+//! Neither helps a thread that has had more than its share, however short: since Linux 6.6 it owes that
+//! when it wakes up, and waits for up to a tick behind idle ones. So those on the path of a claim are
+//! real-time threads where that is allowed: the service's that answer requests, and a VM's while it is
+//! handed over. No user's code runs in a VM by then, and it is a matter of milliseconds.
 #![allow(unsafe_code)]
 
 use std::convert::Infallible;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::process::{Pid, setpriority_process};
@@ -23,6 +29,17 @@ const DYING: i32 = 10;
 const SLICE_NANOS: u64 = 1_000_000;
 /// The slice of a process nobody waits for: the least the kernel takes.
 const DYING_SLICE_NANOS: u64 = 100_000;
+/// Real-time priorities: the service goes before what it hands over.
+const SERVICE: u32 = 2;
+const HAND_OVER: u32 = 1;
+
+static REAL_TIME: AtomicBool = AtomicBool::new(true);
+
+/// From now on no thread is made a real-time one.
+pub fn forbid_real_time() {
+    REAL_TIME.store(false, Ordering::Relaxed);
+}
+
 /// The nice value the service was started with: what is normal for a VM. To be asked first by a
 /// thread that still has it.
 pub fn own_nice() -> i32 {
@@ -34,6 +51,23 @@ pub fn own_nice() -> i32 {
 /// Without the right to it, claims are slower on a busy host.
 pub fn prefer_this_thread() {
     sched::set(0, own_nice() + PREFERRED, SLICE_NANOS, sched::RESET_ON_FORK);
+}
+
+/// Has the calling thread, one that answers requests, go before everything else. It must never compute
+/// for long.
+pub fn hurry_this_thread() {
+    if !(REAL_TIME.load(Ordering::Relaxed)
+        && sched::set_real_time(0, SERVICE, sched::RESET_ON_FORK))
+    {
+        prefer_this_thread();
+    }
+}
+
+/// Whether threads of this process can be real-time ones.
+pub fn real_time_is_allowed() -> bool {
+    // On a thread of its own, which ends with what it was given.
+    let attempt = || sched::set_real_time(0, HAND_OVER, sched::RESET_ON_FORK);
+    std::thread::spawn(attempt).join().unwrap_or(false)
 }
 
 /// Has a VMM that is about to be killed give its memory back when nobody else wants the CPU: that
@@ -56,7 +90,10 @@ pub fn set(pid: i32, priority: Priority) {
     for tid in threads(pid) {
         match priority {
             Priority::Background => set_policy(tid, libc::SCHED_IDLE),
-            Priority::Normal => {
+            Priority::HandOver
+                if REAL_TIME.load(Ordering::Relaxed)
+                    && sched::set_real_time(tid.as_raw_nonzero().get(), HAND_OVER, 0) => {}
+            Priority::HandOver | Priority::Normal => {
                 set_policy(tid, libc::SCHED_OTHER);
                 let _ = setpriority_process(Some(tid), own_nice());
             }

@@ -94,21 +94,28 @@ impl Process {
         fds: Vec<(OwnedFd, i32)>,
         log: &Path,
     ) -> Result<Self, ProcessError> {
-        let program = command.get_program().to_string_lossy().into_owned();
-        let spawn_err = |source| ProcessError::Spawn { program: program.clone(), source };
-        let log = std::fs::OpenOptions::new().create(true).append(true).open(log);
-        let log = log.map_err(spawn_err)?;
-        let log2 = log.try_clone().map_err(spawn_err)?;
         let mappings = fds
             .into_iter()
             .map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd })
             .collect();
+        let program = command.get_program().to_string_lossy().into_owned();
         command
             .fd_mappings(mappings)
-            .map_err(|e| spawn_err(io::Error::other(e.to_string())))?
-            .stdin(std::process::Stdio::null())
-            .stdout(log)
-            .stderr(log2);
+            .map_err(|e| ProcessError::Spawn { program, source: io::Error::other(e.to_string()) })?
+            .stdin(std::process::Stdio::null());
+        Self::spawn_as_it_is(command, log)
+    }
+
+    /// The same without other descriptors than the standard ones, the first as `command` has it.
+    pub fn spawn_as_it_is(
+        mut command: std::process::Command,
+        log: &Path,
+    ) -> Result<Self, ProcessError> {
+        let program = command.get_program().to_string_lossy().into_owned();
+        let spawn_err = |source| ProcessError::Spawn { program: program.clone(), source };
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(log);
+        let log = log.map_err(spawn_err)?;
+        command.stderr(log.try_clone().map_err(spawn_err)?).stdout(log);
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
         let child = command.spawn().map_err(spawn_err)?;
         let pid = child.id() as i32;

@@ -174,6 +174,8 @@ pub enum Priority {
     Background,
     /// As any process.
     Normal,
+    /// Before every process: while a VM is handed over, and not longer.
+    HandOver,
 }
 
 /// Enough to find a VM's process and sockets again after the service was killed.
@@ -278,6 +280,12 @@ pub trait Vm: Send + Sync + std::fmt::Debug {
 
     /// Lets the vCPUs run.
     async fn resume(&self) -> Result<(), VmmError>;
+
+    /// The same at the least cost, for a caller that sees by the guest that they run: they may not yet
+    /// when this returns.
+    async fn let_run(&self) -> Result<(), VmmError> {
+        self.resume().await
+    }
 
     /// Stops the vCPUs.
     async fn pause(&self) -> Result<(), VmmError>;

@@ -61,6 +61,8 @@ pub struct ServeOptions {
     pub keep_vms: bool,
     /// Paused workspaces are written in the clear.
     pub no_encryption: bool,
+    /// No thread is a real-time one.
+    pub no_real_time: bool,
     /// File of the master key that wraps the keys of workspaces.
     pub master_key_file: Option<PathBuf>,
     /// Command that wraps and unwraps them instead, split at white space.
@@ -190,6 +192,10 @@ pub struct ServeArgs {
           value_name = "BOOL", require_equals = true)]
     pub keep_vms: Option<bool>,
 
+    /// Schedule the service, and VMs while they are handed over, as any other process
+    #[arg(long)]
+    pub no_real_time: bool,
+
     /// Write paused workspaces in the clear
     #[arg(long)]
     pub no_encryption: bool,
@@ -281,6 +287,7 @@ impl ServeArgs {
             flavor: self.flavor.or(file.flavor).map_or(Flavor::Default, Flavor::from),
             no_auth: self.insecure_no_auth,
             keep_vms: self.keep_vms.or(file.keep_vms).unwrap_or_default(),
+            no_real_time: self.no_real_time,
             no_encryption: self.no_encryption,
             master_key_file: self.master_key_file.or(file.master_key_file),
             key_command: self.key_command.or(file.key_command),

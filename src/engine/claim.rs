@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use snapshotter::vmm::{MemoryBackend, VmRecord};
-use time::OffsetDateTime;
 use tokio::sync::watch;
 use tracing::Instrument;
 
@@ -15,16 +14,14 @@ use super::identity::Owner;
 use super::lifecycle::{self, Reidentified, RestoreError, millis};
 use super::parked::Warm;
 use super::quota::{QuotaError, Size};
-use super::sandbox::{OnTimeout, Origin, Sandbox, SandboxData};
+use super::sandbox::{OnTimeout, Origin, Sandbox};
 use super::template::{ReadyTemplate, TemplateState};
-use super::token::AccessToken;
+use super::to_the_end::ToTheEnd;
 use super::workspace::WorkspaceError;
 use crate::failpoint;
 use crate::live::{self, Series};
 use crate::net::policy::Policy;
 
-/// By then a caller has the answer that it has a sandbox.
-pub(super) const TOLD: Duration = Duration::from_millis(3);
 /// VMs of the pool tried before one is restored on the spot.
 const WARM_TRIES: u32 = 3;
 
@@ -128,17 +125,12 @@ impl Engine {
                 None => Arc::clone(&engine).claim(&template, request).await,
             }
         };
-        let work = tokio::spawn(work.in_current_span());
-        match work.await {
-            Ok(done) => {
-                if done.is_err() {
-                    metrics::counter!("rethaw_sandbox_acquire_failures_total", "template" => name)
-                        .increment(1);
-                }
-                done
-            }
-            Err(e) => std::panic::resume_unwind(e.into_panic()),
+        let done = ToTheEnd::new(work.in_current_span()).await;
+        if done.is_err() {
+            metrics::counter!("rethaw_sandbox_acquire_failures_total", "template" => name)
+                .increment(1);
         }
+        done
     }
 
     /// A template that can be restored, or why it cannot.
@@ -169,10 +161,16 @@ impl Engine {
             network: request.network.clone(),
         };
         let mut tries = 0;
-        let (vm, origin) = loop {
+        let (created, origin) = loop {
             let warm = if tries < WARM_TRIES { self.take_warm(template) } else { None };
             let Some(warm) = warm else {
-                break (self.restore_now(template, &owner, started).await?, Origin::Restored);
+                let vm = self.restore_now(template, &owner, started).await?;
+                let origin = Origin::Restored;
+                let token = owner.access_token;
+                break (
+                    self.register(vm, origin, template, request, token, started).await?,
+                    origin,
+                );
             };
             tries += 1;
             // Before it is anybody's.
@@ -181,17 +179,28 @@ impl Engine {
                 continue;
             }
             let network = started.elapsed();
-            match warm.hand_over(&owner).await {
-                Ok(mut vm) => {
-                    vm.timings.insert("network".to_owned(), millis(network));
-                    break (vm, Origin::Warm);
+            let token = &owner.access_token;
+            let mut data = self.describe(&warm.inner, Origin::Warm, template, &request, token);
+            // Before the caller hears of it: a service killed from here on knows whose VM this is,
+            // and the next one hands it over again.
+            let noted = self.context.db.vm_claimed(&warm.inner.id, &data, &warm.inner.identity);
+            let (handed_over, noted) = tokio::join!(warm.hand_over(&owner), noted);
+            match (handed_over, noted) {
+                (Ok(mut phases), Ok(())) => {
+                    failpoint::reached("claim.handed_over").await;
+                    // A pooled VM's restore is nobody's wait.
+                    phases.insert("network".to_owned(), millis(network));
+                    phases.insert("total".to_owned(), millis(started.elapsed()));
+                    data.timings_ms = phases;
+                    break (self.enroll(warm.inner, data, owner.access_token).await, Origin::Warm);
                 }
-                Err((vm, e)) => self.discard(vm, &e).await,
+                (Ok(_), Err(e)) => {
+                    warm.inner.machine.destroy().await;
+                    return Err(e.into());
+                }
+                (Err(e), _) => self.discard(warm.inner, &e).await,
             }
         };
-        failpoint::reached("claim.handed_over").await;
-        let token = owner.access_token;
-        let created = self.register(vm, origin, template, request, token, started).await?;
         // Not earlier: the next VM's start would take the CPU from the end of this claim.
         drop(under_way);
         let labels = [("template", template.name.clone()), ("origin", origin.as_str().to_owned())];
@@ -234,67 +243,6 @@ impl Engine {
         if let Err(e) = self.context.db.vm_gone(&id).await {
             tracing::error!(vm = %id, "{e}");
         }
-    }
-
-    pub(super) async fn register(
-        self: &Arc<Self>,
-        vm: Reidentified,
-        origin: Origin,
-        source: &ReadyTemplate,
-        request: CreateRequest,
-        token: AccessToken,
-        started: Instant,
-    ) -> Result<Created, CreateError> {
-        let now = OffsetDateTime::now_utc();
-        let mut timings = vm.timings.clone();
-        timings.insert("total".to_owned(), millis(started.elapsed()));
-        let data = SandboxData {
-            id: vm.id.clone(),
-            template: source.name.clone(),
-            origin,
-            owner: request.owner,
-            size: Size::of(source),
-            metadata: request.metadata,
-            env: request.env,
-            created_at: now,
-            timeout_seconds: request.timeout.as_secs(),
-            expires_at: now + request.timeout,
-            on_timeout: request.on_timeout,
-            token_sha256: token.sha256(),
-            token_nonce: token.nonce,
-            vmm: self.context.driver.kind().as_str().to_owned(),
-            timings_ms: timings,
-            restored_from: source.snapshot.clone(),
-            paused_in: None,
-            key: None,
-            idle_timeout_seconds: request.idle_timeout.map(|t| t.as_secs()),
-            made_by: request.made_by,
-            network: request.network,
-            addresses: vm.machine.addresses().cloned(),
-        };
-        // Before the caller hears of it: a service killed from here on knows whose VM this is.
-        if let Err(e) = self.context.db.vm_claimed(&vm.id, &data, &vm.identity).await {
-            vm.machine.destroy().await;
-            return Err(e.into());
-        }
-        failpoint::reached("claim.noted").await;
-        // While the caller reads that it has a sandbox: before it is told, page server and guest would
-        // take the CPU from that.
-        vm.machine.agent.start_http_after(TOLD);
-        let (pager, id) = (Arc::clone(&self.pager), vm.id.clone());
-        let naming = async move {
-            tokio::time::sleep(TOLD).await;
-            pager.claim(&id);
-        };
-        tokio::spawn(naming.in_current_span());
-        let process = Arc::clone(&vm.machine.vm);
-        let sandbox = Arc::new(Sandbox::running(data, vm.identity, vm.machine));
-        self.sandboxes.insert(vm.id.clone(), Arc::clone(&sandbox));
-        live::changed();
-        self.expiries.set(&vm.id, sandbox.ends_at());
-        self.watch_sandbox(&sandbox, process);
-        tracing::info!(sandbox = %vm.id, template = %source.name, origin = origin.as_str(), "sandbox made");
-        Ok(Created { sandbox, access_token: token.secret })
     }
 
     /// Has all memory of a VM put in place: from then on it needs no page server.

@@ -16,6 +16,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use rusqlite::Connection;
+use snapshotter::priority;
 use tokio::sync::oneshot;
 
 pub use idempotency::Known;
@@ -65,6 +66,8 @@ impl Db {
         schema::migrate(&mut connection)?;
         let (jobs, queue) = mpsc::channel::<Job>();
         let run = move || {
+            // Requests wait for it.
+            priority::hurry_this_thread();
             for job in queue {
                 job(&mut connection);
             }

@@ -16,14 +16,18 @@ use snapshotter::vmm::Priority;
 use super::context::RestoreContext;
 use super::identity::Owner;
 use super::ids;
-use super::lifecycle::{Reidentified, RestoreError, Spawned, millis};
+use super::lifecycle::{Reidentified, RestoreError, Spawned, Timings, millis};
 use super::template::ReadyTemplate;
 use super::token::AccessToken;
 use crate::failpoint;
 use crate::net::policy::Policy;
 
+/// How long a VM has nothing to do before it is parked.
+const REST: Duration = Duration::from_millis(10);
 /// How long the hand-over of a parked VM may take before it is thrown away for another one.
 const CLAIM_DEADLINE: Duration = Duration::from_secs(3);
+/// How long a VM that is handed over goes before everything else. Most take 2 ms.
+const MOST_HURRY: Duration = Duration::from_millis(20);
 /// How long the first command may take, of which every page and instruction is cold.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(10);
 /// Hand-overs rehearsed at once: the first brings in the pages, and an emulator translates code on its
@@ -72,10 +76,14 @@ pub async fn restore(
 /// Goes on at normal priority when it takes too long: a host that is busy for good must not keep the
 /// pool empty for good.
 async fn not_starved<T>(pid: i32, work: impl Future<Output = T>) -> T {
+    normal_after(priority::PATIENCE, pid, work).await
+}
+
+async fn normal_after<T>(patience: Duration, pid: i32, work: impl Future<Output = T>) -> T {
     tokio::pin!(work);
     tokio::select! {
         done = &mut work => done,
-        () = tokio::time::sleep(priority::PATIENCE) => {
+        () = tokio::time::sleep(patience) => {
             priority::set(pid, Priority::Normal);
             work.await
         }
@@ -181,11 +189,13 @@ impl Warm {
             for _ in 0..LAST_REHEARSALS {
                 vm.rehearse_claim().await?;
             }
+            // What the last rehearsal left to do would else be done at the beginning of the claim.
+            tokio::time::sleep(REST).await;
             vm.machine.vm.pause().await?;
             // It does not run, so it reaches nothing, and takes no time from anybody: what most claims
             // will want is set ahead.
             vm.set_policy(&Policy::default()).await?;
-            vm.machine.vm.set_priority(Priority::Normal);
+            vm.machine.vm.set_priority(Priority::HandOver);
             context.db.vm_parked(&vm.id, &vm.identity).await?;
             Ok(())
         };
@@ -196,34 +206,30 @@ impl Warm {
     }
 
     /// Lets the vCPUs run, if they do not, and hands the VM over. The hand-over is sent before they run:
-    /// it then waits in the VM's port for no more than that.
-    pub async fn hand_over(
-        self,
-        owner: &Owner,
-    ) -> Result<Reidentified, (Reidentified, RestoreError)> {
-        let Self { inner: mut vm, parked } = self;
+    /// it then waits in the VM's port for no more than that. Afterwards the VM has still the priority of
+    /// a hand-over. What is returned are its phases.
+    pub async fn hand_over(&self, owner: &Owner) -> Result<Timings, RestoreError> {
+        let Self { inner: vm, parked } = self;
         let since = Instant::now();
         let resumed = async {
-            if parked {
-                vm.machine.vm.resume().await?;
+            if *parked {
+                vm.machine.vm.let_run().await?;
             } else {
-                vm.machine.vm.set_priority(Priority::Normal);
+                vm.machine.vm.set_priority(Priority::HandOver);
             }
             let took = since.elapsed();
             failpoint::reached("claim.unparked").await;
             Ok(took)
         };
-        match tokio::try_join!(resumed, vm.hand_over(owner)) {
-            Ok((resumed, report)) => {
-                // A pooled VM's restore is nobody's wait.
-                vm.timings.clear();
-                vm.timings.insert("resume".to_owned(), millis(resumed));
-                vm.timings.insert("claim".to_owned(), millis(since.elapsed()));
-                let guest = report.total_micros as f64 / 1e3;
-                vm.timings.insert("claim_guest".to_owned(), guest);
-                Ok(vm)
-            }
-            Err(e) => Err((vm, e)),
-        }
+        let pid = vm.machine.vm.record().process.pid;
+        let handed_over = async { tokio::try_join!(resumed, vm.hand_over(owner)) };
+        let (resumed, report) = normal_after(MOST_HURRY, pid, handed_over).await?;
+        let guest = report.total_micros as f64 / 1e3;
+        let phases = [
+            ("resume", millis(resumed)),
+            ("claim", millis(since.elapsed())),
+            ("claim_guest", guest),
+        ];
+        Ok(phases.map(|(phase, ms)| (phase.to_owned(), ms)).into_iter().collect())
     }
 }

@@ -13,8 +13,8 @@ use guest_agent::wire::{Base64, FreezeRequest, ResumeRequest};
 use rand::RngCore;
 use tracing::Instrument;
 
-use super::claim::TOLD;
 use super::db::{DbError, Stage};
+use super::enroll::TOLD;
 use super::lifecycle::{RestoreError, Spawned, Timings, millis};
 use super::machine::Machine;
 use super::quota::QuotaError;

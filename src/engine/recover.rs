@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use snapshotter::process::{Process, ProcessId, start_time};
-use snapshotter::vmm::Vm;
+use snapshotter::vmm::{Priority, Vm};
 use uffd_handler::supervisor::PagerEvent;
 
 use super::db::{DbError, Stage, VmRow};
@@ -80,15 +80,19 @@ impl Engine {
             let record = row.record.as_ref().ok_or_else(|| "it had no process".to_owned())?;
             let vm = self.context.driver.adopt(record).await.map_err(|e| e.to_string())?;
             let vm: Arc<dyn Vm> = Arc::from(vm);
+            vm.set_priority(Priority::Normal);
             // The service may have been killed in the middle of a pause or a fork: then the vCPUs
             // stand still and the workload is frozen. Both calls change nothing otherwise.
             vm.resume().await.map_err(|e| e.to_string())?;
             let agent = vm.connect_agent(ADOPT_DEADLINE).await.map_err(|e| e.to_string())?;
-            let thaw = resume_request(None);
-            agent.resume(&thaw, ADOPT_DEADLINE).await.map_err(|e| e.to_string())?;
             let (Some(data), Some(identity)) = (row.sandbox.clone(), row.identity.clone()) else {
                 return Err("its record is incomplete".to_owned());
             };
+            // Or in the middle of a claim: then it was not handed over, or not told so.
+            let token = self.tokens.again(&data.token_nonce);
+            let mut thaw = resume_request(token.as_ref().map(|t| t.secret.as_str()));
+            thaw.env = data.env.clone();
+            agent.resume(&thaw, ADOPT_DEADLINE).await.map_err(|e| e.to_string())?;
             let dir = RunDir::adopt(record.run_dir.clone());
             let network = match (&self.context.network, &data.addresses) {
                 (Some(network), Some(addresses)) => {

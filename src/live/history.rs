@@ -21,6 +21,8 @@ use crate::engine::sandbox::State;
 
 /// Length of an interval.
 pub const INTERVAL: Duration = Duration::from_secs(2);
+/// How long after a change pools are looked at.
+const HEADWAY: Duration = Duration::from_millis(3);
 /// Points kept: ten minutes.
 pub const CAPACITY: usize = 300;
 
@@ -107,7 +109,12 @@ impl History {
                     changed();
                 }
                 // The bell is one of this process and never goes away.
-                _ = bell.changed() => sampler.watch_pools(&engine),
+                _ = bell.changed() => {
+                    // It rings in the midst of claims, and a pool is not refilled that soon.
+                    tokio::time::sleep(HEADWAY).await;
+                    let _ = bell.borrow_and_update();
+                    sampler.watch_pools(&engine);
+                }
             }
         }
     }

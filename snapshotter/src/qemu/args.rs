@@ -19,6 +19,14 @@ pub const AGENT_FD: i32 = 4;
 pub const MEMORY_FD: i32 = 5;
 /// Device state, restore only.
 pub const VMSTATE_FD: i32 = 6;
+/// Listening socket of the line monitor, restore only.
+pub const LINE_FD: i32 = 7;
+
+/// The line monitor. No part of the machine: device state loads with and without it.
+pub fn line_monitor() -> [String; 4] {
+    let socket = format!("socket,id=line,fd={LINE_FD},server=on,wait=off");
+    ["-chardev".to_owned(), socket, "-mon".to_owned(), "chardev=line,mode=readline".to_owned()]
+}
 
 /// The emulated CPU: everything the emulator has, less what only costs under emulation. Five-level
 /// page tables lengthen every walk; SMAP and SMEP put mode switches around every copy from user

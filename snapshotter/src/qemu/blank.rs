@@ -21,8 +21,10 @@ use crate::priority;
 use crate::process::Process;
 use crate::vmm::Priority;
 
-/// Number of the socket in the process that waits.
-const WAIT_FD: i32 = 3;
+/// Number of the socket in the process that waits. Any other would have to be set between `fork` and
+/// `exec`. With this one the standard library needs no `fork`, after which every page of the service
+/// would be copied when it is written to, mostly in the midst of claims.
+const WAIT_FD: i32 = 0;
 /// Place of a descriptor that is a network namespace to enter.
 const ENTER: i32 = -1;
 /// Tells a shim in QEMU which socket to wait at.
@@ -125,19 +127,18 @@ impl Blank {
         let mut command = Command::new(binary);
         // Where the shim has no effect, it says its version and ends.
         command.arg("--version").env_clear();
-        command.env("LD_PRELOAD", shim).env(WAIT, WAIT_FD.to_string());
+        command.env("LD_PRELOAD", shim).env(WAIT, WAIT_FD.to_string()).stdin(there);
         let log = Path::new("/dev/null");
-        let process =
-            Process::spawn(command, vec![(there, WAIT_FD)], log).map_err(std::io::Error::other)?;
-        // Not earlier: until its program is loaded it has all that is the service's open, and a
-        // service that died and is started again would not get that.
+        let process = Process::spawn_as_it_is(command, log).map_err(std::io::Error::other)?;
         priority::set(process.id().pid, Priority::Background);
         Ok(Self { process, socket: here })
     }
 
     fn become_(self, launch: &Launch<'_>) -> std::io::Result<Process> {
         let log = File::options().create(true).append(true).open(&launch.log)?;
-        let mut fds: Vec<(BorrowedFd<'_>, i32)> = vec![(log.as_fd(), 1), (log.as_fd(), 2)];
+        let nothing = File::open("/dev/null")?;
+        let mut fds: Vec<(BorrowedFd<'_>, i32)> =
+            vec![(nothing.as_fd(), 0), (log.as_fd(), 1), (log.as_fd(), 2)];
         fds.extend(launch.fds.iter().map(|(fd, number)| (fd.as_fd(), *number)));
         fds.extend(launch.netns.iter().map(|netns| (netns.as_fd(), ENTER)));
         let message = launch.message(fds.iter().map(|(_, number)| *number));

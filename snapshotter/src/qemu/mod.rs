@@ -12,6 +12,7 @@
 
 mod args;
 mod blank;
+mod line;
 mod qmp;
 mod shell;
 mod vm;
@@ -34,11 +35,12 @@ use crate::vmm::{
     BootSpec, Compat, Driver, MemoryBackend, Priority, RestoreSpec, Shell, Vm, VmRecord, VmmError,
     VmmKind,
 };
-use args::{AGENT_FD, Machine, Memory, QMP_FD, Start};
+use args::{AGENT_FD, LINE_FD, Machine, Memory, QMP_FD, Start};
 use blank::{Blanks, Launch};
 use qmp::{Qmp, QmpError};
 
 const VMM: &str = "qemu";
+const LINE_SOCKET: &str = "line.sock";
 
 /// How long QEMU may take for one control command; it answers in well under a millisecond unless
 /// its main loop is stuck.
@@ -95,8 +97,14 @@ impl Qemu {
         env: Vec<(&'static str, String)>,
         background: bool,
     ) -> Result<Process, VmmError> {
-        for (name, number) in [("qmp.sock", QMP_FD), ("agent.sock", AGENT_FD)] {
+        let restore = matches!(machine.start, Start::Incoming);
+        let sockets = [("qmp.sock", QMP_FD), ("agent.sock", AGENT_FD), (LINE_SOCKET, LINE_FD)];
+        for (name, number) in sockets.into_iter().take(if restore { 3 } else { 2 }) {
             fds.push((listen(&run_dir.join(name))?.into(), number));
+        }
+        let mut args = machine.args();
+        if restore {
+            args.extend(args::line_monitor());
         }
         let netns = machine.nic.netns.as_ref().map(|path| {
             std::fs::File::open(path).map(OwnedFd::from).map_err(|source| VmmError::File {
@@ -107,7 +115,7 @@ impl Qemu {
         });
         let launch = Launch {
             program: &self.config.binary,
-            args: machine.args(),
+            args,
             env,
             directory: run_dir,
             fds,
@@ -115,7 +123,7 @@ impl Qemu {
             log: log_path(run_dir),
             background,
         };
-        if matches!(machine.start, Start::Kernel(..)) {
+        if !restore {
             return start(id, launch);
         }
         let process = match self.blanks.launch(&launch) {

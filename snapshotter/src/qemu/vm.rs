@@ -16,6 +16,7 @@ use uffd_handler::supervisor::Supervisor;
 use zeroize::Zeroizing;
 
 use super::args::MEMORY_FD;
+use super::line::Line;
 use super::qmp::{Event, Qmp};
 use super::{COMMAND_DEADLINE, KILL_DEADLINE, STATE_DEADLINE, VMM};
 use crate::priority;
@@ -56,6 +57,8 @@ pub(super) struct QemuVm {
     record: VmRecord,
     process: Process,
     qmp: Qmp,
+    /// `None` if it was booted, or started by a version that had none.
+    line: Option<Line>,
     memory: GuestMemory,
     pager: Option<Arc<Supervisor>>,
 }
@@ -68,7 +71,14 @@ impl QemuVm {
         memory: GuestMemory,
         pager: Option<Arc<Supervisor>>,
     ) -> Self {
-        Self { record, process, qmp, memory, pager }
+        let line = match Line::connect(&record.run_dir.join(super::LINE_SOCKET)) {
+            Ok(line) => Some(line),
+            Err(e) => {
+                tracing::debug!(vm = %record.id, "no line monitor: {e}");
+                None
+            }
+        };
+        Self { record, process, qmp, line, memory, pager }
     }
 
     /// Writes the pages that are not those it was restored from, on a thread that may block.
@@ -151,6 +161,12 @@ impl Vm for QemuVm {
 
     async fn resume(&self) -> Result<(), VmmError> {
         self.command("cont", json!({})).await
+    }
+
+    async fn let_run(&self) -> Result<(), VmmError> {
+        let Some(line) = &self.line else { return self.resume().await };
+        let id = || self.record.id.clone();
+        line.resume().map_err(|source| VmmError::Control { vmm: VMM, id: id(), source })
     }
 
     async fn pause(&self) -> Result<(), VmmError> {

@@ -7,6 +7,7 @@ use snapshotter::vmm::VmRecord;
 
 use super::{Db, DbError};
 use crate::engine::identity::{Identity, ItemView};
+use crate::engine::lifecycle::Timings;
 use crate::engine::sandbox::SandboxData;
 
 /// How far a VM has come, as the database knows it.
@@ -156,6 +157,18 @@ impl Db {
         self.run(move |c| {
             let sql = "UPDATE vms SET stage = 'claimed', sandbox = ?2, identity = ?3 WHERE id = ?1";
             c.prepare_cached(sql)?.execute(params![id, sandbox, identity])?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// How long it took to make a sandbox.
+    pub async fn vm_timings(&self, id: &str, timings: &Timings) -> Result<(), DbError> {
+        let (id, timings) = (id.to_owned(), json("timings", timings)?);
+        self.run(move |c| {
+            let sql = "UPDATE vms SET sandbox = json_set(sandbox, '$.timings_ms', json(?2))
+                       WHERE id = ?1 AND sandbox IS NOT NULL";
+            c.prepare_cached(sql)?.execute(params![id, timings])?;
             Ok(())
         })
         .await

@@ -117,7 +117,9 @@ fn real_time() -> Check {
     let ok = snapshotter::priority::real_time_is_allowed();
     let detail = match ok {
         true => "the service can go before the VMs it serves",
-        false => "claims wait for other work on a busy host: CAP_SYS_NICE or LimitRTPRIO=2 is missing",
+        false => {
+            "claims wait for other work on a busy host: CAP_SYS_NICE or LimitRTPRIO=2 is missing"
+        }
     };
     Check { name: "real-time", ok, required: false, detail: detail.to_owned() }
 }

@@ -26,8 +26,9 @@ pub const NAMES: &[&str] = &[
     "restore.running",
     "restore.identified",
     "claim.unparked",
-    "claim.handed_over",
+    // While the guest takes the hand-over.
     "claim.noted",
+    "claim.handed_over",
     "pause.begun",
     "pause.frozen",
     "pause.written",

@@ -183,7 +183,12 @@ impl Engine {
             let mut data = self.describe(&warm.inner, Origin::Warm, template, &request, token);
             // Before the caller hears of it: a service killed from here on knows whose VM this is,
             // and the next one hands it over again.
-            let noted = self.context.db.vm_claimed(&warm.inner.id, &data, &warm.inner.identity);
+            let noted = async {
+                let (id, identity) = (&warm.inner.id, &warm.inner.identity);
+                self.context.db.vm_claimed(id, &data, identity).await?;
+                failpoint::reached("claim.noted").await;
+                Ok::<_, DbError>(())
+            };
             let (handed_over, noted) = tokio::join!(warm.hand_over(&owner), noted);
             match (handed_over, noted) {
                 (Ok(mut phases), Ok(())) => {
@@ -192,7 +197,7 @@ impl Engine {
                     phases.insert("network".to_owned(), millis(network));
                     phases.insert("total".to_owned(), millis(started.elapsed()));
                     data.timings_ms = phases;
-                    break (self.enroll(warm.inner, data, owner.access_token).await, Origin::Warm);
+                    break (self.enroll(warm.inner, data, owner.access_token), Origin::Warm);
                 }
                 (Ok(_), Err(e)) => {
                     warm.inner.machine.destroy().await;

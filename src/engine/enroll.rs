@@ -75,17 +75,17 @@ impl Engine {
             vm.machine.destroy().await;
             return Err(e.into());
         }
-        Ok(self.enroll(vm, data, token).await)
+        failpoint::reached("claim.noted").await;
+        Ok(self.enroll(vm, data, token))
     }
 
     /// Knows a sandbox from now on, whose note in the database is made.
-    pub(super) async fn enroll(
+    pub(super) fn enroll(
         self: &Arc<Self>,
         vm: Reidentified,
         data: SandboxData,
         token: AccessToken,
     ) -> Created {
-        failpoint::reached("claim.noted").await;
         // While the caller reads that it has a sandbox: before it is told, page server and guest would
         // take the CPU from that.
         vm.machine.agent.start_http_after(TOLD);

@@ -62,6 +62,13 @@ async fn serves(service: &Service, id: &str, sum: &str, step: &str) -> bool {
     true
 }
 
+async fn opens(service: &Service, id: &str, token: &str, step: &str) {
+    let path = format!("/v1/sandboxes/{id}/exec?buffered=true");
+    let (nobody, body) = (service.client().with_key(None), json!({ "argv": ["true"] }).to_string());
+    let done = nobody.send("POST", &path, &[("x-access-token", token)], body).await;
+    assert_eq!(done.status, 200, "{step}: the token that the guest has");
+}
+
 async fn listed(service: &Service) -> Vec<String> {
     let list = service.client().get("/v1/sandboxes").await.expect(200);
     list["items"].as_array().unwrap().iter().map(id).collect()
@@ -140,7 +147,10 @@ async fn killed_at_any_step_of_claim_and_fork() {
     for step in steps_of(&["claim", "restore", "fork"]) {
         // The steps of a restore are passed by a fork's clones, too.
         let (path, body) = match step.starts_with("claim.") {
-            true => ("/v1/sandboxes".to_owned(), json!({ "template": "base" })),
+            true => {
+                let body = json!({ "template": "base", "env": {"MINE": "yes"} });
+                ("/v1/sandboxes".to_owned(), body)
+            }
             false => (format!("/v1/sandboxes/{source}/fork"), json!({ "count": 2 })),
         };
         killed_at(&mut service, &step, &path, &body).await;
@@ -149,7 +159,12 @@ async fn killed_at_any_step_of_claim_and_fork() {
             if other != source {
                 // Promised to somebody who never heard of it: it must work all the same.
                 assert_eq!(service.sh(&other, "echo here").await, "here", "{step}");
-                if !step.starts_with("claim.") {
+                if step.starts_with("claim.") {
+                    // However little of the hand-over its guest had got.
+                    assert_eq!(service.sh(&other, "echo $MINE").await, "yes", "{step}");
+                    let token = service.sh(&other, "cat /run/rethaw/access-token").await;
+                    opens(&service, &other, &token, &step).await;
+                } else {
                     assert_eq!(service.sh(&other, SUM).await, sum, "{step}");
                 }
                 service.client().delete(&format!("/v1/sandboxes/{other}")).await;

@@ -5,6 +5,7 @@
 use serde_json::{Value, json};
 
 use crate::death::{FILL, SUM};
+use crate::process;
 use crate::service::{Service, id, rethaw};
 
 /// The steps there are, from the binary itself: one that is added is tested or fails here.
@@ -160,6 +161,8 @@ async fn killed_at_any_step_of_claim_and_fork() {
                 // Promised to somebody who never heard of it: it must work all the same.
                 assert_eq!(service.sh(&other, "echo here").await, "here", "{step}");
                 if step.starts_with("claim.") {
+                    let policies = service.home().vm(&other).policies();
+                    assert_eq!(policies, [process::SCHED_OTHER].into(), "{step}");
                     // However little of the hand-over its guest had got.
                     assert_eq!(service.sh(&other, "echo $MINE").await, "yes", "{step}");
                     let token = service.sh(&other, "cat /run/rethaw/access-token").await;

@@ -1,10 +1,15 @@
 //! Processes of this host, as `/proc` shows them.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+
+/// Policies of sched(7).
+pub const SCHED_OTHER: i32 = 0;
+pub const SCHED_RR: i32 = 2;
 
 /// A process.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +37,17 @@ impl Process {
             arguments: String::from_utf8_lossy(&arguments).replace('\0', " "),
             cwd: std::fs::read_link(dir.join("cwd")).unwrap_or_default(),
         })
+    }
+
+    /// How its threads are scheduled (sched(7)), each policy once.
+    pub fn policies(&self) -> BTreeSet<i32> {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid)).unwrap().flatten();
+        let stats = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("stat")).ok());
+        // Field 41; the third is the first behind the name.
+        let policy = |stat: String| {
+            stat.rsplit_once(") ").unwrap().1.split(' ').nth(38).unwrap().parse().unwrap()
+        };
+        stats.map(policy).collect()
     }
 
     /// Ends it at once, as a crash would.

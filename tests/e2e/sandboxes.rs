@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use crate::process;
 use crate::service::{Service, id};
 
 fn ids(list: &Value) -> Vec<String> {
@@ -148,6 +149,20 @@ async fn a_vm_can_be_claimed_before_it_is_parked() {
     service.pool_full(1).await;
     tokio::time::sleep(std::time::Duration::from_secs(1)).await;
     assert_eq!(service.sh(&id(&made), "echo alive").await, "alive");
+    service.stop().await;
+}
+
+#[tokio::test]
+async fn a_vm_goes_first_only_while_it_is_handed_over() {
+    let service = Service::start(1).await;
+    service.pool_full(1).await;
+    let parked = service.home().vm_ids();
+    let vm = service.home().vm(&parked[0]);
+    assert_eq!(vm.policies(), [process::SCHED_RR].into(), "ready to be handed over");
+    let made = service.create_with(&json!({})).await;
+    assert_eq!(id(&made), parked[0]);
+    let ordinary = async || (vm.policies() == [process::SCHED_OTHER].into()).then_some(());
+    service.until("it is scheduled as any other", ordinary).await;
     service.stop().await;
 }
 

@@ -161,16 +161,12 @@ impl Engine {
             network: request.network.clone(),
         };
         let mut tries = 0;
-        let (created, origin) = loop {
+        let created = loop {
             let warm = if tries < WARM_TRIES { self.take_warm(template) } else { None };
             let Some(warm) = warm else {
                 let vm = self.restore_now(template, &owner, started).await?;
-                let origin = Origin::Restored;
-                let token = owner.access_token;
-                break (
-                    self.register(vm, origin, template, request, token, started).await?,
-                    origin,
-                );
+                let (origin, token) = (Origin::Restored, owner.access_token);
+                break self.register(vm, origin, template, request, token, started).await?;
             };
             tries += 1;
             // Before it is anybody's.
@@ -197,7 +193,7 @@ impl Engine {
                     phases.insert("network".to_owned(), millis(network));
                     phases.insert("total".to_owned(), millis(started.elapsed()));
                     data.timings_ms = phases;
-                    break (self.enroll(warm.inner, data, owner.access_token), Origin::Warm);
+                    break self.enroll(warm.inner, data, owner.access_token);
                 }
                 (Ok(_), Err(e)) => {
                     warm.inner.machine.destroy().await;
@@ -208,6 +204,7 @@ impl Engine {
         };
         // Not earlier: the next VM's start would take the CPU from the end of this claim.
         drop(under_way);
+        let origin = created.sandbox.with_data(|data| data.origin);
         let labels = [("template", template.name.clone()), ("origin", origin.as_str().to_owned())];
         let elapsed = started.elapsed();
         metrics::histogram!("rethaw_sandbox_acquire_duration_seconds", &labels)

@@ -112,7 +112,7 @@ impl History {
                 _ = bell.changed() => {
                     // It rings in the midst of claims, and a pool is not refilled that soon.
                     tokio::time::sleep(HEADWAY).await;
-                    let _ = bell.borrow_and_update();
+                    bell.mark_unchanged();
                     sampler.watch_pools(&engine);
                 }
             }

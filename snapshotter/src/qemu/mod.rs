@@ -98,13 +98,14 @@ impl Qemu {
         background: bool,
     ) -> Result<Process, VmmError> {
         let restore = matches!(machine.start, Start::Incoming);
-        let sockets = [("qmp.sock", QMP_FD), ("agent.sock", AGENT_FD), (LINE_SOCKET, LINE_FD)];
-        for (name, number) in sockets.into_iter().take(if restore { 3 } else { 2 }) {
-            fds.push((listen(&run_dir.join(name))?.into(), number));
-        }
+        let mut sockets = vec![("qmp.sock", QMP_FD), ("agent.sock", AGENT_FD)];
         let mut args = machine.args();
         if restore {
+            sockets.push((LINE_SOCKET, LINE_FD));
             args.extend(args::line_monitor());
+        }
+        for (name, number) in sockets {
+            fds.push((listen(&run_dir.join(name))?.into(), number));
         }
         let netns = machine.nic.netns.as_ref().map(|path| {
             std::fs::File::open(path).map(OwnedFd::from).map_err(|source| VmmError::File {

@@ -165,8 +165,10 @@ impl Vm for QemuVm {
 
     async fn let_run(&self) -> Result<(), VmmError> {
         let Some(line) = &self.line else { return self.resume().await };
-        let id = || self.record.id.clone();
-        line.resume().map_err(|source| VmmError::Control { vmm: VMM, id: id(), source })
+        line.resume().map_err(|source| {
+            let id = self.record.id.clone();
+            VmmError::Control { vmm: VMM, id, source }
+        })
     }
 
     async fn pause(&self) -> Result<(), VmmError> {
